@@ -1,0 +1,271 @@
+"""What a notebook calls: parameters and guard, run line, tables, published numbers, verdicts.
+
+Each function shows one thing in three forms at once: MyST Markdown for the built book (numbered
+tables with cross-references), HTML for Jupyter, plain text for a terminal. Nothing is computed
+here; the numbers come from the run store, `book/results/` or `book/published/`.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import re
+import types
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from IPython.display import display
+
+from armada_lib import figures
+from armada_lib.profiles import ROOT, check
+
+_GUARDED = "_armada_guarded"  # in the notebook: how many cells had run at the first guard
+
+# Outcomes a verdict may have, each with a sign, so that colour never carries the meaning alone.
+OUTCOMES = {
+    "reproduced": "✔",
+    "direction agrees": "≈",
+    "not reproduced": "✘",
+    "undecided": "?",
+    "not attempted": "–",
+}
+
+
+# ------------------------------------------------------------------------------- parameters
+
+
+def params(
+    ns: dict[str, Any], allowed: Iterable[str] | Mapping[str, Collection[Any] | None]
+) -> dict[str, Any]:
+    """Check a chapter's parameters, right after its parameters cell: `params(globals(), ...)`.
+
+    Papermill accepts any name and then runs with the default, so a misspelt `-p taecher sd14`
+    would go unnoticed. `allowed` holds the valid names; as a mapping it may give the valid values
+    of a name as well (None = any; each item of a list or tuple is checked, a None value passes).
+    Returns the parameters by name.
+
+    In a notebook the cells that assign nothing but plain values are read, so that the guard may be
+    run again when the notebook is full of results; elsewhere every variable must be a parameter.
+
+    Raises `profiles.Unknown` (a ValueError) for an unknown name or value, ValueError for a
+    parameter that the notebook does not define.
+    """
+    ns.setdefault(_GUARDED, len(ns.get("In", [])))
+    for name in sorted(_typed(ns, set(allowed)) - set(allowed)):
+        check(name, allowed, "parameter")
+    if missing := sorted(set(allowed) - set(ns)):
+        raise ValueError(f"the parameters cell does not define {', '.join(missing)}")
+    choices = allowed if isinstance(allowed, Mapping) else {}
+    for name, valid in choices.items():
+        for value in ns[name] if isinstance(ns[name], list | tuple) else [ns[name]]:
+            if valid is not None and value is not None:
+                check(value, valid, name)
+    return {name: ns[name] for name in allowed}
+
+
+def _typed(ns: Mapping[str, Any], allowed: set[str]) -> set[str]:
+    """Names that were given as parameters."""
+    if "In" not in ns:
+        no_value = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
+        return {k for k, v in ns.items() if k[0] != "_" and not isinstance(v, no_value)}
+    cells: list[set[str]] = []
+    for i, source in enumerate(ns["In"]):
+        names = _assigned(source)
+        papermills = source.startswith("# Parameters")
+        if names and (names & allowed or papermills or i < ns[_GUARDED]):
+            # a cell that was mended and run again replaces its older self
+            cells = [c for c in cells if not c & allowed <= names & allowed] + [names]
+    return set().union(*cells)
+
+
+def _assigned(source: str) -> set[str]:
+    """Names a cell assigns, if it does nothing but assign plain values; else nothing."""
+    names: set[str] = set()
+    try:
+        for node in ast.parse(source).body:
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                return set()
+            ast.literal_eval(node.value)
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {t.id for t in targets if isinstance(t, ast.Name)}
+    except (SyntaxError, ValueError):
+        return set()
+    return names
+
+
+# ------------------------------------------------------------------------------- tables
+
+
+def table(
+    df: pd.DataFrame,
+    caption: str,
+    name: str,
+    better: Collection[tuple[int, str]] = (),
+    fmt: str | Mapping[str, str] = "{:.1f}",
+) -> None:
+    """Show `df` as a numbered table that the text can refer to by `name`.
+
+    `better` marks cells as (row position, column); say in the caption what the mark means.
+    `fmt` formats fractions, for all columns or by column; whole numbers and strings stay as they
+    are, a missing value is a dash. Columns whose name begins with "published" or "measured" get
+    that label in the head. Figures, also printed ones such as "62.6 ± 0.4", align right.
+
+    Raises ValueError for a name that cannot be a label and for a mark outside the table.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise ValueError(f"table name {name!r}: use small letters, digits and hyphens")
+    columns = [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in df]
+    if outside := [b for b in better if b[1] not in columns or not 0 <= b[0] < len(df)]:
+        raise ValueError(f"cells {outside} are not in the table: {len(df)} rows, columns {columns}")
+    body = [[_cell(v, c, fmt) for c, v in zip(columns, row, strict=True)]
+            for row in df.itertuples(index=False)]  # fmt: skip
+    right = [_figures([row[j] for row in body]) for j in range(len(columns))]
+
+    lines = [
+        [_head_md(c) for c in columns],
+        ["--:" if r else ":--" for r in right],
+        *(
+            [f"[{_md(s)}]{{.better}}" if (i, c) in better else _md(s)
+             for c, s in zip(columns, row, strict=True)]
+            for i, row in enumerate(body)
+        ),
+    ]  # fmt: skip
+    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    _show(
+        f":::{{table}} {caption}\n:name: {name}\n\n{rows}\n:::",
+        _html_table(columns, body, right, better, caption),
+        f"{caption}\n{pd.DataFrame(body, columns=columns).to_string(index=False)}",
+    )
+
+
+def _cell(value: Any, column: str, fmt: str | Mapping[str, str]) -> str:
+    if isinstance(value, str):
+        return value
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return "–"
+    if isinstance(value, float | np.floating):
+        form = fmt if isinstance(fmt, str) else fmt.get(column, "{:.1f}")
+        return form.format(value).replace("-", "−")
+    return str(value)
+
+
+def _figures(cells: list[str]) -> bool:
+    """True when every filled cell of a column begins like a number."""
+    filled = [c for c in cells if c not in ("", "–")]
+    return bool(filled) and all(re.match(r"[<>≈]?\s?[+−-]?[\d.]*\d", c) for c in filled)
+
+
+def _md(text: str) -> str:
+    """Text inside a Markdown table cell: a bar would end the cell, a line break the table."""
+    return re.sub(r"\s*\n\s*", " ", text).replace("|", "\\|")
+
+
+def _head_md(column: str) -> str:
+    first, _, rest = column.partition(" ")
+    if first in ("published", "measured"):
+        return f"[{first}]{{.{first}}} {_md(rest)}".rstrip()
+    return _md(column)
+
+
+def _html_table(
+    columns: list[str],
+    body: list[list[str]],
+    right: list[bool],
+    better: Collection[tuple[int, str]],
+    caption: str,
+) -> str:
+    """The same table for Jupyter, which does not have the book's style sheet."""
+
+    def td(tag: str, text: str, is_right: bool, marked: bool = False) -> str:
+        style = f"text-align:{'right' if is_right else 'left'};font-variant-numeric:tabular-nums"
+        inner = html.escape(text)
+        inner = f"<strong><u>{inner}</u></strong>" if marked else inner
+        return f'<{tag} style="{style}">{inner}</{tag}>'
+
+    head = "".join(td("th", c, r) for c, r in zip(columns, right, strict=True))
+    rows = "".join(
+        "<tr>"
+        + "".join(td("td", s, r, (i, c) in better)
+                  for c, s, r in zip(columns, row, right, strict=True))
+        + "</tr>"
+        for i, row in enumerate(body)
+    )  # fmt: skip
+    return (
+        f"<table><caption>{html.escape(caption)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def published(number: int) -> pd.DataFrame:
+    """The paper's table of that number, one printed value a row, from `book/published/`.
+
+    Columns whose every entry is a number are numeric. `value` is joined by `printed`, the text as
+    the paper prints it (31.30 keeps its zero). "none" stays the word it is.
+    """
+    folder = ROOT / "book" / "published"
+    files = {int(p.name[5:7]): p for p in sorted(folder.glob("table[0-9][0-9]_*.csv"))}
+    check(str(number), files, "published table")
+    df = pd.read_csv(files[int(number)], dtype=str, keep_default_na=False)
+    if "value" in df:
+        df["printed"] = df["value"]
+    for column in df.columns.drop("printed", errors="ignore"):
+        if df[column].str.fullmatch(r"-?\d+(\.\d+)?").all():
+            df[column] = pd.to_numeric(df[column])
+    return df
+
+
+# ------------------------------------------------------------------------------- facts, verdicts
+
+
+def run_line(facts: Mapping[str, Any]) -> None:
+    """Show one line of facts about a run: what stood behind each name, seeds, minutes.
+
+    A list is joined by commas; an entry that is None is left out.
+    """
+    kept = {
+        k: ", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v)
+        for k, v in facts.items()
+        if v is not None
+    }
+    if not kept:
+        raise ValueError("a run line needs at least one fact")
+    _show(
+        ":::{div} run-line\n" + " · ".join(f"**{k}** {_plain(v)}" for k, v in kept.items())
+        + "\n:::",
+        "<p><small>" + " · ".join(f"<b>{html.escape(k)}</b> {html.escape(v)}"
+                                  for k, v in kept.items()) + "</small></p>",
+        " | ".join(f"{k}: {v}" for k, v in kept.items()),
+    )  # fmt: skip
+
+
+def _plain(value: str) -> str:
+    """A fact is a name or a number, never markup: escape what MyST would read."""
+    return re.sub(r"([\\`*_{}\[\]<>#$|~^])", r"\\\1", value).replace("\n", " ")
+
+
+def verdict(criterion: str, outcome: str, text: str) -> None:
+    """Show what was to be met (stated before the number), whether it was, and what that means.
+
+    `criterion` and `text` are MyST; `outcome` is a key of `OUTCOMES`, else `profiles.Unknown`.
+    """
+    sign = OUTCOMES[check(outcome, OUTCOMES, "outcome")]
+    title = f"{sign} Verdict: {outcome}"
+    _show(
+        f"::::{{admonition}} {title}\n:class: verdict verdict-{outcome.replace(' ', '-')}\n\n"
+        f"**Criterion, stated beforehand.** {criterion}\n\n{text}\n::::",
+        '<div style="border:1px solid;border-left-width:6px;padding:0.5em 1em">'
+        f"<p><b>{title}</b></p><p><b>Criterion, stated beforehand.</b> {html.escape(criterion)}"
+        f"</p><p>{html.escape(text)}</p></div>",
+        f"{title}\nCriterion, stated beforehand: {criterion}\n{text}",
+    )
+
+
+def _show(markdown: str, html_text: str, plain: str) -> None:
+    display({"text/markdown": markdown, "text/html": html_text, "text/plain": plain}, raw=True)
+
+
+def style() -> None:
+    """One look for every figure of the book: `figures.style`."""
+    figures.style()

@@ -1,0 +1,77 @@
+"""Predictions of every head, and the paper's metrics (all x 100)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from armada_lib.batching import Encoded
+from armada_lib.methods import Method
+from armada_lib.students import Student
+
+EVAL_BATCH = 64
+COLLAPSED = 0.995  # share of one predicted class from which a run counts as collapsed
+
+
+@torch.no_grad()
+def predict(student: Student, method: Method, data: Encoded, bf16: bool) -> dict[str, np.ndarray]:
+    """Outputs of each head on a split: `student`, `student_aux`, `aligner`, `aligner_aux`.
+
+    Class tasks (n, c), choice tasks (n, 2), regression (n,), float32, in the order of the data.
+    The student reads texts only; the aligner heads need the split's teacher vectors.
+    """
+    student.eval()
+    device = next(student.parameters()).device
+    length = data.lengths.reshape(len(data), -1).max(1)
+    order = np.argsort(-length, kind="stable")
+    found: dict[str, list[np.ndarray]] = {}
+    rows_seen = []
+    for i in range(0, len(order), EVAL_BATCH):
+        batch = data.batch(order[i : i + EVAL_BATCH], student.packs).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            out = student(batch.inputs)
+        heads = {"student": out.logits, "student_aux": out.aux_logits, **method.other_heads(batch.teacher)}
+        for name, logits in heads.items():
+            if logits is not None:
+                found.setdefault(name, []).append(method.shape(logits).float().cpu().numpy())
+        rows_seen.append(batch.rows)
+    back = np.argsort(np.concatenate(rows_seen), kind="stable")
+    return {name: np.concatenate(parts)[back] for name, parts in found.items()}
+
+
+def decide(outputs: np.ndarray) -> np.ndarray:
+    """Predicted class of (n, c) outputs; a regression score as it is."""
+    return outputs.argmax(-1) if outputs.ndim == 2 else outputs
+
+
+def metric(name: str, outputs: np.ndarray, labels: np.ndarray) -> float:
+    """`accuracy` (%), `mcc` or `pearson` (x 100). A constant prediction has MCC and Pearson 0."""
+    predicted = decide(outputs)
+    if name == "accuracy":
+        return float((predicted == labels).mean() * 100)
+    if name == "mcc":
+        from sklearn.metrics import matthews_corrcoef
+
+        return float(matthews_corrcoef(labels, predicted) * 100)
+    if name == "pearson":
+        if predicted.std() < 1e-8 or labels.std() < 1e-8:
+            return 0.0
+        return float(np.corrcoef(predicted, labels)[0, 1] * 100)
+    raise ValueError(f"unknown metric {name!r}; valid: accuracy, mcc, pearson")
+
+
+def behaviour(outputs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Does the model still tell examples apart? A collapsed run is flagged, never dropped.
+
+    `majority_share`: largest share of one predicted class; for regression, `spread`: standard
+    deviation of the scores relative to that of the labels.
+    """
+    if outputs.ndim == 2:
+        counts = np.bincount(decide(outputs), minlength=outputs.shape[1])
+        share = float(counts.max() / counts.sum())
+        gold = float(np.bincount(labels.astype(int)).max() / len(labels))
+        return {"majority_share": share, "gold_majority": gold, "collapsed": share >= COLLAPSED}
+    spread = float(outputs.std() / max(float(labels.std()), 1e-8))
+    return {"spread": spread, "collapsed": spread <= 1 - COLLAPSED}

@@ -1,0 +1,179 @@
+"""Figures of one look: white, colour-blind safe, readable at 800 px, byte-stable as SVG.
+
+Functions return a `matplotlib.figure.Figure` and never touch pyplot's list of open figures, so a
+notebook shows each of them once. Methods and controls differ in marker and fill, not in colour
+alone. matplotlib and seaborn are imported when a figure is drawn.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from armada_lib.stats import summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+WIDTH = 8.0  # inches at 100 dpi
+METHOD_MARKERS = "oPXvp*"
+CONTROL_MARKERS = "sD^<>d"
+STABLE = {"Date": None}  # the date is what differs between two SVG files of one figure
+
+
+def style() -> None:
+    """Set the look of all figures; in a notebook also SVG output. Calling it again is harmless."""
+    import matplotlib as mpl
+    import seaborn as sns
+
+    sns.set_theme(style="white", palette="colorblind")
+    mpl.rcParams.update(
+        {
+            "svg.hashsalt": "armada",  # element ids from the content, not from a random number
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "figure.dpi": 100,
+            "font.family": "DejaVu Sans",  # shipped with matplotlib: the same on every machine
+            "font.size": 11,
+        }
+    )
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("svg", metadata=STABLE, bbox_inches="tight")
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write `figure` as SVG to `path`; the same figure gives the same bytes."""
+    path = Path(path)
+    if path.suffix != ".svg":
+        raise ValueError(f"figures are saved as .svg, got {path.name!r}")
+    figure.savefig(path, metadata=STABLE)
+    return path
+
+
+def _need(df: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [c for c in columns if c not in df.columns]
+    if missing:
+        raise ValueError(f"missing column(s) {missing}; the table has {list(df.columns)}")
+    if df.empty:
+        raise ValueError("the table has no rows")
+
+
+def paired_gains(
+    df: pd.DataFrame, value: str = "score", baseline: str = "undistilled"
+) -> pd.DataFrame:
+    """Rows of `task, method, seed, value` -> `task, method, seed, gain` = method minus baseline.
+
+    Each run is compared with the baseline of the same task and seed. ValueError if a run is there
+    twice, or has no baseline.
+    """
+    _need(df, ["task", "method", "seed", value])
+    twice = df[df.duplicated(["task", "method", "seed"])]
+    if len(twice):
+        rows = twice[["task", "method", "seed"]].drop_duplicates().values.tolist()
+        raise ValueError(f"more than one row for {rows}")
+    base = df[df["method"] == baseline].set_index(["task", "seed"])[value]
+    rest = df[df["method"] != baseline].copy()
+    keys = list(zip(rest["task"], rest["seed"], strict=True))
+    alone = sorted({k for k in keys if k not in base.index}, key=str)
+    if alone:
+        raise ValueError(f"no {baseline!r} run for (task, seed) {alone}")
+    if rest.empty:
+        raise ValueError(f"only {baseline!r} rows: nothing to compare")
+    rest["gain"] = rest[value].to_numpy() - base.loc[keys].to_numpy()
+    return rest[["task", "method", "seed", "gain"]].reset_index(drop=True)
+
+
+def gains(
+    df: pd.DataFrame,
+    controls: Collection[str] = (),
+    value: str = "score",
+    baseline: str = "undistilled",
+    level: float = 0.95,
+    unit: str = "points",
+) -> Figure:
+    """Gain over `baseline` per task: one small point per seed, the mean, its t interval.
+
+    `df` has one row per task, method and seed, with the score in column `value`. Methods are
+    filled and coloured; `controls` are hollow, grey, of other shapes, and drawn below them. With
+    one seed there is a mean and no interval. Tasks and methods keep the order of the table.
+    ValueError for missing columns, baselines or controls.
+    """
+    table = paired_gains(df, value, baseline)
+    names = list(dict.fromkeys(table["method"]))
+    unknown = sorted(set(controls) - set(names))
+    if unknown:
+        raise ValueError(f"no rows for the control(s) {unknown}; methods are {names}")
+    names = [m for m in names if m not in controls] + [m for m in names if m in controls]
+    tasks = list(dict.fromkeys(table["task"]))
+
+    style()
+    import seaborn as sns
+    from matplotlib.figure import Figure
+
+    rows, palette = len(names), sns.color_palette("colorblind")
+    height = max(2.5, 1.2 + 0.25 * len(tasks) * (rows + 1))
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    ax = figure.subplots()
+    for j, name in enumerate(names):
+        control = name in controls
+        i = j - sum(m not in controls for m in names) if control else j
+        marks = CONTROL_MARKERS if control else METHOD_MARKERS
+        colour = "0.35" if control else palette[i % len(palette)]
+        marker = marks[i % len(marks)]
+        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none"}
+        for k, task in enumerate(tasks):
+            x = table.loc[(table["task"] == task) & (table["method"] == name), "gain"].to_numpy()
+            if not len(x):
+                continue
+            y = k + 0.8 * ((j + 0.5) / rows - 0.5)
+            s = summary(x, level)
+            if s.n > 1:
+                ax.plot([s.low, s.high], [y, y], color=colour, linewidth=1.6)
+                below = y + 0.22 / rows  # where the interval does not hide them
+                ax.plot(x, [below] * s.n, **look, markersize=4, alpha=0.6, markeredgewidth=0)
+            ax.plot(s.mean, y, **look, markersize=7, markerfacecolor="white" if control else colour)
+        ax.plot([], [], **look, markersize=7, markerfacecolor="white" if control else colour,
+                label=f"{name} (control)" if control else name)  # fmt: skip
+    ax.grid(axis="x", color="0.9", linewidth=0.8)
+    ax.axvline(0, color="black", linewidth=1)
+    for k in range(1, len(tasks)):
+        ax.axhline(k - 0.5, color="0.85", linewidth=0.8)
+    ax.set_yticks(range(len(tasks)), tasks)
+    ax.set_ylim(len(tasks) - 0.5, -0.5)  # first task on top
+    many = table.groupby(["task", "method"])["seed"].count().max() > 1
+    shown = f"mean and {level:.0%} interval over seeds" if many else "one seed, no interval"
+    ax.set_xlabel(f"gain over {baseline} ({unit}); {shown}")
+    figure.legend(loc="outside upper left", ncols=min(4, rows), frameon=False)
+    return figure
+
+
+def curve(df: pd.DataFrame, y: str = "loss", x: str = "step", hue: str = "method") -> Figure:
+    """A quantity during training: a thin line per seed and the mean over seeds, by `hue`.
+
+    `df` has one row per `x`, `hue` and seed. Line patterns differ as well as colours.
+    """
+    _need(df, [x, y, hue, "seed"])
+    style()
+    import seaborn as sns
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(WIDTH, 4.5), layout="constrained")
+    ax = figure.subplots()
+    look = {"data": df, "x": x, "y": y, "hue": hue, "style": hue}
+    look["palette"] = sns.color_palette("colorblind", df[hue].nunique())
+    sns.lineplot(
+        **look, units="seed", estimator=None, linewidth=0.8, alpha=0.35, legend=False, ax=ax
+    )
+    sns.lineplot(**look, estimator="mean", errorbar=None, linewidth=2, ax=ax)
+    ax.set(xlabel=x, ylabel=y)
+    if df[x].dtype.kind in "iu":
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 2.5
+    ax.legend(title=None, frameon=False)
+    sns.despine(ax=ax)
+    return figure

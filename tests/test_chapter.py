@@ -1,0 +1,220 @@
+"""Guard, tables, published numbers, run line and verdict, as a notebook calls them."""
+
+from __future__ import annotations
+
+import csv
+import re
+
+import pandas as pd
+import pytest
+
+from armada_lib import chapter
+from armada_lib.profiles import ROOT
+
+ALLOWED = ("teacher", "beta")
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The bundles that were displayed."""
+    bundles = []
+    monkeypatch.setattr(
+        chapter, "display", lambda bundle, raw: bundles.append(bundle) if raw else None
+    )
+    return bundles
+
+
+def notebook(*cells: str) -> dict:
+    """The namespace after these cells ran, as IPython keeps it. The last cell is the guard's."""
+    ns: dict = {"In": [""], "get_ipython": print, "_i": ""}
+    for source in cells:
+        ns["In"].append(source)
+        exec(source, ns)
+    ns["In"].append("chapter.params(...)")
+    return ns
+
+
+# ---------------------------------------------------------------------------- guard
+
+
+def test_params_returns_the_allowed_names():
+    ns = notebook("teacher = 'sd14'  # type: str\nbeta = None", "import math\nfrom os import sep")
+    assert chapter.params(ns, ALLOWED) == {"teacher": "sd14", "beta": None}
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["teacher = 'sd14'\nbeta = 1", "# Parameters\ntaecher = 'sd14'\n"],  # papermill's cell
+        ["teacher = 'sd14'\nbeta = 1\ntaecher = 'x'"],
+        ["teacher = 'sd14'\nbeta: float = -1.0", "taecher = 'x'"],
+    ],
+)
+def test_params_refuses_a_misspelt_name_and_names_the_right_one(cells):
+    with pytest.raises(ValueError, match="'taecher'; did you mean 'teacher'.*beta, teacher"):
+        chapter.params(notebook(*cells), ALLOWED)
+
+
+def test_params_without_a_notebook_takes_every_variable():
+    with pytest.raises(ValueError, match="unknown parameter 'gama'"):
+        chapter.params({"teacher": 1, "beta": 1, "gama": 1, "re": re, "_x": 1}, ALLOWED)
+
+
+def test_params_can_be_run_again_in_a_notebook_full_of_results():
+    ns = notebook("teacher = 'sd14'\nbeta = 1")
+    chapter.params(ns, ALLOWED)
+    ns |= {"df": pd.DataFrame(), "best": 3}
+    ns["In"] += ["df = chapter.study(P)", "best = 3"]
+    assert chapter.params(ns, ALLOWED)["beta"] == 1
+
+    ns["In"] += ["teacher = 'sd14'\nbeta = 1\nbata = 2", "chapter.params(...)"]
+    with pytest.raises(ValueError, match="unknown parameter 'bata'"):
+        chapter.params(ns, ALLOWED)
+    # mended: the cell as it was last run counts, although `bata` is still defined
+    ns |= {"bata": 2, "beta": 2}
+    ns["In"] += ["teacher = 'sd14'\nbeta = 2", "chapter.params(...)"]
+    assert chapter.params(ns, ALLOWED)["beta"] == 2
+
+
+def test_params_mended_at_once():
+    ns = notebook("teacher = 'sd14'\nbata = 1")
+    with pytest.raises(ValueError, match="bata"):
+        chapter.params(ns, ALLOWED)
+    with pytest.raises(ValueError, match="bata"):  # the guard alone, run again, still refuses
+        chapter.params(ns, ALLOWED)
+    ns["In"].append("teacher = 'sd14'\nbeta = 1")
+    ns["beta"] = 1
+    assert chapter.params(ns, ALLOWED) == {"teacher": "sd14", "beta": 1}
+
+
+def test_params_checks_values_and_missing_names():
+    allowed = {"teacher": ["sd14", "midjourney"], "tasks": ["cola", "rte"], "beta": None}
+    good = {"teacher": "sd14", "tasks": ["rte", "cola"], "beta": 7}
+    assert chapter.params(dict(good), allowed) == good
+    assert chapter.params(good | {"teacher": None}, allowed)["teacher"] is None
+    with pytest.raises(ValueError, match="unknown teacher 'sd15'; did you mean 'sd14'"):
+        chapter.params(good | {"teacher": "sd15"}, allowed)
+    with pytest.raises(ValueError, match="unknown tasks 'colla'.*cola"):
+        chapter.params(good | {"tasks": ["rte", "colla"]}, allowed)
+    with pytest.raises(ValueError, match="does not define beta"):
+        chapter.params({"teacher": "sd14", "tasks": []}, allowed)
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+FRAME = pd.DataFrame(
+    {
+        "task": ["CoLA", "a|b"],
+        "published cosine": [46.2, None],
+        "measured cosine": ["12.3 ± 0.4", "–"],
+        "n": [3, 5],
+        "difference": [-0.25, 1.0],
+    }
+)
+
+
+def test_table_markdown_is_a_numbered_table(shown):
+    chapter.table(FRAME, "Scores. Higher is better.", "nlu-scores", better={(0, "difference")})
+    lines = shown[0]["text/markdown"].splitlines()
+    assert lines[:3] == [":::{table} Scores. Higher is better.", ":name: nlu-scores", ""]
+    assert lines[3:] == [
+        "| task | [published]{.published} cosine | [measured]{.measured} cosine | n | difference |",
+        "| :-- | --: | --: | --: | --: |",
+        "| CoLA | 46.2 | 12.3 ± 0.4 | 3 | [−0.2]{.better} |",
+        "| a\\|b | – | – | 5 | 1.0 |",
+        ":::",
+    ]
+
+
+def test_table_html_and_text_hold_the_same_cells(shown):
+    chapter.table(FRAME.assign(task=["<b>", "x"]), "A & B", "t", better=[(1, "n")])
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", shown[0]["text/html"])
+    assert cells[0] == "&lt;b&gt;" and "A &amp; B" in shown[0]["text/html"]
+    assert cells[8] == "<strong><u>5</u></strong>"
+    assert shown[0]["text/plain"].startswith("A & B\n")
+    assert "12.3 ± 0.4" in shown[0]["text/plain"]
+
+
+def test_table_formats_by_column_and_joins_two_level_heads(shown):
+    df = pd.DataFrame([[0.5, 0.125]], columns=pd.MultiIndex.from_tuples([("p", ""), ("t", "x")]))
+    chapter.table(df, "c", "t", fmt={"p": "{:.3f}"})
+    assert "| p | t x |" in shown[0]["text/markdown"]
+    assert "| 0.500 | 0.1 |" in shown[0]["text/markdown"]
+
+
+@pytest.mark.parametrize("better", [{(2, "n")}, {(0, "m")}, {(-1, "n")}])
+def test_table_refuses_marks_outside(better):
+    with pytest.raises(ValueError, match="not in the table"):
+        chapter.table(FRAME, "c", "t", better=better)
+
+
+def test_table_refuses_a_name_that_is_no_label():
+    with pytest.raises(ValueError, match="Table 2"):
+        chapter.table(FRAME, "c", "Table 2")
+
+
+# ---------------------------------------------------------------------------- published
+
+
+def test_published_numbers_and_types():
+    df = chapter.published(2)
+    assert len(df) == 128 and df["value"].dtype == float
+    row = df[(df.student == "BERT-6L") & (df.manifold_loss == "euclid") & (df.task == "CoLA")]
+    assert row["value"].item() == 47.6
+    # "none" is a word here, never a missing value
+    assert set(df[df.method == "undistilled"].manifold_loss) == {"none"}
+    assert not df.isna().any().any()
+
+
+def test_published_keeps_what_was_printed():
+    df = chapter.published(11)
+    assert "31.30" in set(df.printed) and 31.3 in set(df.value)
+    assert chapter.published(13)["scenario"].tolist() == [1, 2] * 4
+    assert chapter.published(15)["p_value"].dtype == float
+
+
+def test_published_reads_every_file_whole():
+    files = sorted((ROOT / "book" / "published").glob("*.csv"))
+    assert len(files) == 14
+    for path in files:
+        df = chapter.published(int(path.name[5:7]))
+        with path.open(encoding="utf-8") as f:
+            rows = list(csv.DictReader(f))
+        assert len(df) == len(rows)
+        if "value" in df:
+            assert df.printed.tolist() == [r["value"] for r in rows]
+
+
+def test_published_names_the_tables_there_are():
+    with pytest.raises(ValueError, match="unknown published table '1'.*10, 11"):
+        chapter.published(1)
+
+
+# ---------------------------------------------------------------------------- facts, verdicts
+
+
+def test_run_line(shown):
+    chapter.run_line({"profile": "mini", "seeds": [0, 1], "student": "a_b*c|d", "gpu": None})
+    assert shown[0]["text/markdown"] == (
+        ":::{div} run-line\n**profile** mini · **seeds** 0, 1 · **student** a\\_b\\*c\\|d\n:::"
+    )
+    assert shown[0]["text/plain"] == "profile: mini | seeds: 0, 1 | student: a_b*c|d"
+    assert "gpu" not in shown[0]["text/html"]
+    with pytest.raises(ValueError, match="at least one"):
+        chapter.run_line({"gpu": None})
+
+
+@pytest.mark.parametrize("outcome", chapter.OUTCOMES)
+def test_verdict(shown, outcome):
+    chapter.verdict("The interval lies above 0.", outcome, "It does not.")
+    md = shown[0]["text/markdown"]
+    assert md.startswith(f"::::{{admonition}} {chapter.OUTCOMES[outcome]} Verdict: {outcome}\n")
+    assert f":class: verdict verdict-{outcome.replace(' ', '-')}\n" in md
+    assert "The interval lies above 0." in md and md.endswith("It does not.\n::::")
+    assert outcome in shown[0]["text/html"] and outcome in shown[0]["text/plain"]
+
+
+def test_verdict_refuses_other_outcomes():
+    with pytest.raises(ValueError, match="unknown outcome 'reproducd'; did you mean 'reproduced'"):
+        chapter.verdict("c", "reproducd", "t")

@@ -1,0 +1,227 @@
+"""Studies: stored once, shared by workers, and the same after any number of kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from armada_lib import profiles, runs, teachers
+from armada_lib.results import RunStore
+
+HERE = Path(__file__).parent
+
+
+def tiny_teacher(folder: Path) -> None:
+    """A random StableDiffusionPipeline of a few thousand weights, as the hub lays it out."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    from conftest import WORDS
+
+    torch.manual_seed(1)
+    vocab = folder.parent / "teacher-vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *"abcdefghijklmnopqrstuvwxyz.,?!'"]))
+    text = BertModel(BertConfig(vocab_size=len(vocab.read_text().split("\n")), hidden_size=32, num_hidden_layers=1,
+                                num_attention_heads=2, intermediate_size=32, initializer_range=0.5))  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4,
+                          down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2),
+        unet=UNet2DConditionModel(sample_size=4, in_channels=4, out_channels=4, layers_per_block=1,
+                                  block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=32,
+                                  attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), text_encoder=text,
+        tokenizer=BertTokenizerFast(vocab=str(vocab), model_max_length=16),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def root(checkpoints, tmp_path_factory) -> Path:
+    """A project folder with a profile `tiny`: tiny student, tiny teacher, a few mini rows."""
+    base = tmp_path_factory.mktemp("root")
+    tiny_teacher(base / "teacher")
+    mini = profiles.ROOT / "book" / "data" / "mini"
+    for group, task in (("glue", "cola"), ("super_glue", "copa")):
+        (base / "book/data/mini" / group / task).mkdir(parents=True)
+        for split in ("train", "validation"):
+            rows = (mini / group / task / f"{split}.jsonl").read_text().splitlines()[:24]
+            (base / "book/data/mini" / group / task / f"{split}.jsonl").write_text("\n".join(rows))
+    raw = yaml.safe_load((profiles.ROOT / "params/profiles/mini.yaml").read_text())
+    raw["about"] = "tests"
+    raw["students"] = {"bert-6l": {"checkpoint": checkpoints["bert"].checkpoint}}
+    raw["teachers"] = {"sd14": {"kind": "image", "checkpoint": str(base / "teacher"), "width": 64, "steps": 2,
+                                "guidance": 7.5, "size": 8}}  # fmt: skip
+    raw["training"]["default"] = {"epochs": 2, "batch_size": 8, "student_lr": 1e-3, "precision": "fp32"}
+    (base / "params/profiles").mkdir(parents=True)
+    (base / "params/profiles/tiny.yaml").write_text(yaml.safe_dump(raw))
+    return base
+
+
+@pytest.fixture
+def project(root, monkeypatch):
+    monkeypatch.setattr(profiles, "ROOT", root)
+    profiles.load.cache_clear()
+    runs._examples.cache_clear()
+    runs._teacher.cache_clear()
+    yield root
+    profiles.load.cache_clear()
+    runs._examples.cache_clear()
+    runs._teacher.cache_clear()
+
+
+def everything(store: RunStore, specs) -> dict[str, tuple]:
+    """What a study found, without times."""
+    found = {}
+    for s in specs:
+        r = store.load(s.key)
+        arrays = {**{f"o/{k}": v for k, v in r.outputs.items()}, **{f"c/{k}": v for k, v in r.curves.items()}}
+        found[s.key] = (r.scores, {k: v.tobytes() for k, v in sorted(arrays.items())}, r.facts["diagnostics"])
+    return found
+
+
+def test_a_study_killed_at_random_moments_ends_as_an_unkilled_one(project, tmp_path):
+    env = os.environ | {
+        "ARMADA_ROOT": str(project), "OMP_NUM_THREADS": "1", "ARMADA_SAVE_EVERY": "0",
+        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+    }  # fmt: skip
+    found = {}
+    for name, kills in (("killed", 24), ("whole", 0)):
+        done = subprocess.run(
+            [sys.executable, str(HERE / "kills.py"), str(kills)], env=env | {"ARMADA_STORE": str(tmp_path / name)},
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[name] = int(done.stdout.split()[-1])
+    assert found["killed"] >= 20 and found["whole"] == 0
+    import kills as script
+
+    specs = script.specs()
+    killed, whole = (everything(RunStore(tmp_path / n), specs) for n in ("killed", "whole"))
+    assert killed == whole
+    leftovers = [p.name for p in (tmp_path / "killed/states").iterdir() if p.suffix == ".safetensors"]
+    assert not leftovers
+
+
+def test_a_stored_run_is_never_computed_again(project, store, monkeypatch):
+    s = runs.spec("tiny", "cola", "undistilled")
+    first = runs.run(s)
+    monkeypatch.setattr(runs, "compute", lambda *a, **k: pytest.fail("computed again"))
+    again = runs.run(s)
+    assert again.scores == first.scores and (again.outputs["student"] == first.outputs["student"]).all()
+    assert set(first.scores) == {"student"} and again.facts["train"] == 24
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_damaged_result_is_set_aside_and_computed_again(project, store, damage, caplog):
+    s = runs.spec("tiny", "cola", "undistilled")
+    first = runs.run(s)
+    path = store / "runs" / s.key / ("arrays.safetensors" if damage != "truncate" else "result.json")
+    raw = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw[: len(raw) // 2] if damage == "truncate" else raw)
+    again = runs.run(s)
+    assert "is damaged" in caplog.text
+    assert (again.outputs["student"] == first.outputs["student"]).all()
+
+
+def test_a_damaged_vector_is_computed_again_not_used(project, store):
+    s = runs.spec("tiny", "cola", "armada")
+    first = runs.run(s)
+    for path in (store / "features").rglob("*.rows"):
+        raw = bytearray(path.read_bytes())
+        raw[10] ^= 0xFF
+        path.write_bytes(raw)
+    t = runs.spec("tiny", "cola", "armada", seed=1)
+    runs.run(t)
+    (store / "runs" / s.key).rename(store / "first")
+    again = runs.run(s)
+    np.testing.assert_array_equal(again.outputs["aligner"], first.outputs["aligner"])
+
+
+def test_two_workers_give_what_one_gives(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("ARMADA_ROOT", str(project))  # for the workers
+    specs = runs.grid("tiny", ["cola"], ["undistilled", "armada", "shuffled"], manifolds=("euclid",))
+    one, two = RunStore(tmp_path / "one"), RunStore(tmp_path / "two")
+    runs.study(specs, one, workers=1, progress=False)
+    runs.study(specs, two, workers=2, progress=False)
+    assert everything(one, specs) == everything(two, specs)
+
+
+def test_teacher_vectors_are_computed_once_for_all_runs(project, store, monkeypatch):
+    seen: list[str] = []
+    load = teachers.load
+
+    def counting(spec, device="cpu"):
+        t = load(spec, device)
+        encode = t.encode
+        t.encode = lambda texts: (seen.extend(texts), encode(texts))[1]
+        return t
+
+    monkeypatch.setattr(teachers, "load", counting)
+    runs.study(runs.grid("tiny", ["cola"], ["armada", "shuffled", "random", "layers_only"]), workers=1, progress=False)
+    assert len(seen) == len(set(seen)) == 48
+
+
+def test_controls_read_what_they_say(project, store):
+    s = {m: runs.spec("tiny", "copa", m) for m in ("armada", "shuffled", "random", "layers_only", "undistilled")}
+    RunStore().check()
+    runs.extract(list(s.values()), RunStore(), progress=False)
+    built = {m: runs.build(x, RunStore()) for m, x in s.items()}
+    texts = np.arange(48)
+    real, mixed = (built[m][2].vectors(texts) for m in ("armada", "shuffled"))
+    assert sorted(map(tuple, real.tolist())) == sorted(map(tuple, mixed.tolist()))
+    assert (real != mixed).any(1).float().mean() > 0.9
+    assert abs(real.mean().item()) < 0.02 and abs(real.std().item() - 1) < 0.02
+    noise = built["random"][2].vectors(texts)
+    assert abs(noise.mean().item()) < 0.05 and abs(noise.std().item() - 1) < 0.05
+    assert built["layers_only"][2].teacher is None and built["layers_only"][1].aligner is None
+    assert built["undistilled"][0].branch is None
+
+
+def test_equal_work_has_one_key(project):
+    a = runs.spec("tiny", "cola", "undistilled", manifold="cosine", reading="released", alpha=0.1)
+    b = runs.spec("tiny", "cola", "undistilled")
+    assert a.key == b.key and a.manifold is None and a.teacher is None
+    c = runs.spec("tiny", "cola", "armada", beta=0.0, manifold="cosine")
+    d = runs.spec("tiny", "cola", "armada", beta=0.0, manifold="euclid")
+    assert c.key == d.key
+    specs = runs.grid("tiny", ["cola"], ["undistilled", "armada"], readings=("paper", "released"))
+    assert len(specs) == 1 + 2 * 3
+
+
+def test_the_tables_row_and_the_exported_line_say_what_stood_behind(project, tmp_path):
+    r = runs.run(runs.spec("tiny", "cola", "armada", train_size=16, eval_size=10))
+    df = runs.table([r])
+    assert set(df["head"]) == {"student", "student_aux", "aligner", "aligner_aux"} and len(r.labels) == 10
+    line = r.record()
+    assert line["spec"]["teacher_id"] and line["environment"]["torch"] and line["facts"]["seconds"] > 0
+    assert len(line["predictions"]) == 10 and json.dumps(line)
+    assert "home" not in json.dumps(line["environment"])
+
+
+def test_a_trained_student_loads_with_plain_transformers(project, tmp_path):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    s = runs.spec("tiny", "cola", "armada")
+    runs.trained_student(s).save_pretrained(tmp_path / "student")
+    stored = runs.run(s)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    _, held = runs.examples(s)
+    with torch.no_grad():
+        logits = model(**tokenizer(held.first, padding=True, return_tensors="pt")).logits.numpy()
+    np.testing.assert_allclose(logits, stored.outputs["student"], atol=1e-4)

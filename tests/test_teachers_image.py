@@ -1,0 +1,271 @@
+"""Image teachers: a tiny random pipeline in the hub's layout, and the embedded emoji painter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, BertTokenizer
+
+from armada_lib import profiles, teachers
+from armada_lib.profiles import TeacherSpec
+from armada_lib.teachers import image
+
+TEXTS = ["a red heart", "the dog runs", "a red heart and the dog", "tree"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *sorted({w for t in TEXTS for w in t.split()}),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A StableDiffusionPipeline with random weights: pictures of 16 pixels, latents 4 x 8 x 8."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    torch.manual_seed(0)
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=16,
+        ),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=2,
+        ),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        text_encoder=BertModel(
+            BertConfig(
+                vocab_size=len(WORDS),
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=16,
+            )
+        ),
+        tokenizer=BertTokenizer(str(folder / "vocab.txt"), model_max_length=6),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(autouse=True)
+def fp32(request, monkeypatch):
+    """Tolerances below are those of fp32; tests of the painter use what the machine has."""
+    if "painter" not in request.fixturenames:
+        monkeypatch.setattr(image, "precision", lambda device: "fp32")
+
+
+def tiny(checkpoint, **changes) -> TeacherSpec:
+    settings = dict(
+        name="tiny",
+        kind="image",
+        checkpoint=str(checkpoint),
+        width=256,
+        steps=3,
+        size=16,
+        batch_size=3,
+    )
+    return TeacherSpec(**(settings | changes))
+
+
+def test_vectors_do_not_depend_on_neighbours_order_or_batch_size(checkpoint):
+    teacher = teachers.load(tiny(checkpoint))
+    together = teacher.encode(TEXTS)
+    assert together.shape == (4, 256) and together.dtype == np.float16
+    alone = np.concatenate([teacher.encode([text]) for text in TEXTS])
+    other = teachers.load(tiny(checkpoint, batch_size=2)).encode(TEXTS[::-1])[::-1]
+    np.testing.assert_allclose(alone, together, atol=2e-3, rtol=2e-3)
+    np.testing.assert_allclose(other, together, atol=2e-3, rtol=2e-3)
+    assert np.abs(together[0] - together[1]).max() > 0.1
+
+
+def test_encode_is_the_pipeline_called_by_hand(checkpoint):
+    spec = tiny(checkpoint, guidance=3.0)
+    vector = teachers.load(spec).encode(TEXTS[:1])[0]
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.text_encoder.eval()
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(image.seed(TEXTS[0])))
+    with torch.inference_mode():
+        latent = pipe(
+            TEXTS[0], height=16, width=16, num_inference_steps=3, guidance_scale=3.0,
+            latents=noise, output_type="latent",
+        ).images  # fmt: skip
+    np.testing.assert_allclose(vector, latent.flatten().numpy(), atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("latent, width", [("channel-mean", 64), ("two-stage", 256), ("full", 256)])
+def test_readings_of_the_latent(checkpoint, latent, width):
+    vectors = teachers.load(tiny(checkpoint, latent=latent, width=width)).encode(TEXTS[:2])
+    flat = teachers.load(tiny(checkpoint)).encode(TEXTS[:2]).astype(np.float32)
+    assert vectors.shape == (2, width)
+    if latent == "channel-mean":
+        np.testing.assert_allclose(vectors, flat.reshape(2, 4, 64).mean(1), atol=5e-3, rtol=5e-3)
+    else:
+        assert (np.abs(vectors - flat).max() > 0.05) == (latent == "two-stage")
+
+
+def test_paint_gives_one_picture_a_text(checkpoint):
+    pictures = teachers.load(tiny(checkpoint)).paint(TEXTS)
+    assert [p.size for p in pictures] == [(16, 16)] * 4
+
+
+def test_truncated_counts_texts_longer_than_the_encoder_reads(checkpoint):
+    teacher = teachers.load(tiny(checkpoint))  # 6 tokens: four words and two marks
+    assert teacher.truncated(["a red heart and", "a red heart and the dog", "dog"]) == 1
+    assert teacher.truncated([]) == 0
+
+
+@pytest.mark.parametrize("texts", [["dog", ""], ["  \n"], "dog", [None]])
+def test_a_text_without_words_is_refused(checkpoint, texts):
+    teacher = teachers.load(tiny(checkpoint))
+    with pytest.raises(ValueError, match=r"empty|list of strings"):
+        teacher.encode(texts)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(width=1024), "256 numbers .* width is set to 1024"),
+        (dict(size=20), "no multiple"),
+        (dict(latent="two-stage", guidance_rescale=0.5), "guidance_rescale"),
+        (dict(kind="video"), "kinds it can run: image"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(checkpoint, changes, words):
+    with pytest.raises(ValueError, match=words):
+        teachers.load(tiny(checkpoint, **changes))
+
+
+def test_values_that_are_no_numbers_are_an_error(checkpoint, tmp_path):
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    path = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_out.bias"][0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(FloatingPointError, match="not finite"):
+        teachers.load(tiny(broken)).encode(TEXTS[:1])
+    assert teachers.fingerprint(tiny(broken)) != teachers.fingerprint(tiny(checkpoint))
+
+
+def test_a_constant_vector_is_an_error():
+    with pytest.raises(FloatingPointError, match="constant vector for 1 of 2 texts, first 'b'"):
+        image._check_vectors(np.array([[1, 2], [3, 3]], np.float16), ["a", "b"], "t")
+
+
+def test_fingerprint_covers_what_changes_the_vectors_and_loads_nothing(checkpoint, monkeypatch):
+    monkeypatch.setattr(image, "_pipeline", None)
+    one = teachers.fingerprint(tiny(checkpoint))
+    changes = [
+        dict(steps=4), dict(guidance=7.0), dict(guidance_rescale=0.7), dict(size=32),
+        dict(width=64), dict(latent="full"), dict(text_encoder=str(checkpoint / "text_encoder")),
+    ]  # fmt: skip
+    others = [teachers.fingerprint(tiny(checkpoint, **c)) for c in changes]
+    monkeypatch.setattr(image, "RECIPE", "other")
+    others.append(teachers.fingerprint(tiny(checkpoint)))
+    monkeypatch.undo()
+    monkeypatch.setattr(image, "precision", lambda device: "bf16")
+    others.append(teachers.fingerprint(tiny(checkpoint)))
+    assert len({one, *others}) == len(others) + 1
+    monkeypatch.setattr(image, "precision", lambda device: "fp32")
+    same = tiny(checkpoint, batch_size=7, name="other", note="x", stands_for="y")
+    assert teachers.fingerprint(same) == one == teachers.load(tiny(checkpoint)).fingerprint
+
+
+def test_a_model_card_does_not_change_the_fingerprint(checkpoint):
+    one = image._identity(str(checkpoint), None)
+    (checkpoint / "evaluation.json").write_text("{}")
+    assert image._identity(str(checkpoint), None) == one
+
+
+def test_missing_weights_name_the_command_that_gets_them(monkeypatch):
+    monkeypatch.setattr(image.profiles, "identity", lambda *_: "hub:nobody/nothing@0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    spec = tiny("nobody/nothing", revision="main")
+    with pytest.raises(FileNotFoundError, match="`hf download nobody/nothing --revision main`"):
+        teachers.load(spec)
+
+
+def test_parts_without_a_text_encoder_need_one_and_read_text_json(checkpoint, tmp_path):
+    for part in ("unet", "vae", "scheduler"):
+        shutil.copytree(checkpoint / part, tmp_path / part)
+    (tmp_path / "text.json").write_text('{"tokens": 5}')
+    with pytest.raises(ValueError, match="set text_encoder"):
+        teachers.load(tiny(tmp_path))
+    encoder = tmp_path / "encoder"
+    shutil.copytree(checkpoint / "text_encoder", encoder)
+    shutil.copytree(checkpoint / "tokenizer", encoder, dirs_exist_ok=True)
+    one = tiny(tmp_path, text_encoder=str(encoder))
+    teacher = teachers.load(one)
+    assert teacher.encode(TEXTS).shape == (4, 256)
+    assert teacher.truncated(["a red heart and", "a red heart"]) == 1
+    (tmp_path / "text.json").write_text('{"tokens": 6}')
+    profiles.file_digest.cache_clear()  # files are taken not to change within a process
+    assert teachers.fingerprint(one) != teacher.fingerprint
+
+
+@pytest.fixture(scope="module")
+def painter():
+    return teachers.load(profiles.load("mini").teacher("sd14"))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_painter_alone_is_painter_in_a_batch(painter):
+    together = painter.encode(TEXTS)
+    for text, vector in zip(TEXTS, together, strict=True):
+        assert cosine(painter.encode([text])[0], vector) > 0.999
+    assert max(cosine(together[i], together[j]) for i in range(4) for j in range(i)) < 0.95
+
+
+def test_painter_paints_what_the_text_says(painter):
+    """Colour is the least it must know: the words decide, although each text has its own noise."""
+    colours = {"red": 0, "green": 1, "blue": 2}
+    for colour, channel in colours.items():
+        texts = [f"a {colour} circle", f"a {colour} heart", f"the {colour} square"]
+        means = np.mean([np.asarray(p, float) for p in painter.paint(texts)], axis=(0, 1, 2))
+        assert means.argmax() == channel, (colour, means)
+
+
+def test_painter_fits_the_repository_and_its_card_is_measured(painter):
+    folder = Path(profiles.resolve("asset:emoji-painter"))
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 12e6
+    measured = json.loads((folder / "evaluation.json").read_text())
+    assert measured["guidance_rescale"] == painter.spec.guidance_rescale
+    assert measured["settings"]["steps"] == painter.spec.steps
+    for group in ("training", "held_out"):
+        # the card is only worth having if the weights beside it know more than chance
+        found = measured["retrieval"][group]
+        assert found["top5"] - 3 * found["top5_se"] > measured["chance"]["top5"]

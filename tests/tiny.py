@@ -1,0 +1,81 @@
+"""A tiny experiment for engine tests, also run as a script under `accelerate launch`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from armada_lib import engine, students
+from armada_lib.batching import Encoded
+from armada_lib.methods import METHODS, Setting
+from armada_lib.profiles import StudentSpec, Training
+
+WIDTH = 24
+
+
+def rows(student, n=32, seed=0, kind="class"):
+    """Random sentences; the label is whether a word occurs, the teacher vector knows it too."""
+    rng = np.random.default_rng(seed)
+    words = ["cat", "dog", "bird", "sat", "ran", "on", "under", "tree", "house", "red", "blue", "not"]
+    texts = [" ".join(rng.choice(words, size=rng.integers(2, 12))) for _ in range(n)]
+    has = np.array(["dog" in t for t in texts])
+    ids, types, _ = students.tokenise(student, texts, None, 64)
+    vectors = rng.standard_normal((n, WIDTH)).astype(np.float32)
+    vectors[:, 0] += 3 * has
+    if kind == "regression":
+        labels = torch.from_numpy((has * 3 + rng.random(n)).astype(np.float32))
+    else:
+        labels = torch.from_numpy(has.astype(np.int64))
+    if kind == "choice":
+        labels = labels[: n // 2]
+    return Encoded(ids, types, labels, 2 if kind == "choice" else 1, 0, torch.from_numpy(vectors).half())
+
+
+def setting(kind="class", seed=0, training=None, **weights) -> Setting:
+    t = Training(**{"epochs": 2, "batch_size": 8, "student_lr": 1e-3, "precision": "fp32"} | (training or {}))
+    w = {"alpha": 0.5, "beta": 0.1, "gamma": 1.0} | weights
+    return Setting(kind, 2 if kind == "class" else 1, t, seed, width=WIDTH, label_mean=1.5, **w)
+
+
+def experiment(spec: StudentSpec, method="armada", kind="class", student_seed=None, run=None, n=32, **kw):
+    """(student, method, Trained) of a tiny run; `run` goes to `engine.train`."""
+    s = setting(kind, **kw)
+    student = students.load(
+        spec, s.outputs, s.seed if student_seed is None else student_seed, kind == "regression", s.training.dropout
+    )
+    m = METHODS[method].build(s, student)
+    data = rows(student, n, kind=kind)
+    return student, m, engine.train(student, m, data, s.training, s.seed, **(run or {}))
+
+
+def weights(module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in module.named_parameters()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def main(checkpoint: str, out: str, manifold: str, batch: str) -> None:
+    """Train with this many processes and save student and aligner (main process)."""
+    from accelerate import Accelerator
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    acc = Accelerator(cpu=True)
+    training = {"dropout": 0.0, "batch_size": int(batch)}
+    spec = StudentSpec(name="tiny", checkpoint=checkpoint)
+    student, m, trained = experiment(
+        spec, run={"accelerator": acc}, training=training, manifold=manifold, beta=1.0
+    )
+    if acc.is_main_process:
+        found = {f"s/{k}": v for k, v in weights(student).items()}
+        found |= {f"a/{k}": v for k, v in weights(m.aligner).items()}
+        save_file(found, Path(out), metadata={"processes": str(acc.num_processes), "steps": str(trained.steps)})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
