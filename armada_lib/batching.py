@@ -47,8 +47,10 @@ class Packing:
         return [g.tokens for g in self.groups]
 
     def to(self, device: torch.device) -> Packing:
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
-        groups = [Group(g.count, g.longest, g.tokens, move(g.slots), move(g.mask)) for g in self.groups]
+        move = lambda t: None if t is None else t.to(device, non_blocking=True)
+        groups = [
+            Group(g.count, g.longest, g.tokens, move(g.slots), move(g.mask)) for g in self.groups
+        ]
         return Packing(groups, self.first.to(device), self.last.to(device), self.text.to(device))
 
 
@@ -66,7 +68,9 @@ def pack(lengths: np.ndarray, groups: int = GROUPS) -> Packing:
         ))  # fmt: skip
     ends = np.cumsum(lengths)
     text = np.repeat(np.arange(len(lengths)), lengths)
-    return Packing(parts, torch.from_numpy(ends - lengths), torch.from_numpy(ends - 1), torch.from_numpy(text))
+    return Packing(
+        parts, torch.from_numpy(ends - lengths), torch.from_numpy(ends - 1), torch.from_numpy(text)
+    )
 
 
 def packed_attention(
@@ -86,13 +90,17 @@ def packed_attention(
     Causal models need no mask: padding stands at the end, where no token looks.
     """
     if packing is None:
-        raise ValueError("packed attention needs the batch's `packing`; use a model's own attention otherwise")
+        raise ValueError(
+            "packed attention needs the batch's `packing`; use a model's own attention otherwise"
+        )
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     heads, width = query.shape[1], query.shape[3]
     out = []
-    split = [t[0].transpose(0, 1).split(packing.sizes) for t in (query, key, value)]  # (tokens, heads, width)
+    split = [
+        t[0].transpose(0, 1).split(packing.sizes) for t in (query, key, value)
+    ]  # (tokens, heads, width)
     for g, q, k, v in zip(packing.groups, *split, strict=True):
-        pad = lambda x, g=g: _padded(x, g, heads, width)  # noqa: E731
+        pad = lambda x, g=g: _padded(x, g, heads, width)
         o = F.scaled_dot_product_attention(
             pad(q), pad(k), pad(v), attn_mask=None if causal else g.mask,
             dropout_p=dropout, is_causal=causal, scale=scaling,
@@ -129,7 +137,9 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        move = lambda v: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v.to(device)  # noqa: E731
+        move = lambda v: (
+            v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v.to(device)
+        )
         return Batch(
             {k: move(v) for k, v in self.inputs.items()}, move(self.labels),
             None if self.teacher is None else move(self.teacher), self.rows,
@@ -167,7 +177,7 @@ class Encoded:
             return None
         rows = texts if self.where is None else self.where[texts]
         x = self.teacher.index_select(0, torch.from_numpy(rows)).float()
-        return x if self.mean is None else (x - self.mean) / self.scale
+        return x if self.mean is None or self.scale is None else (x - self.mean) / self.scale
 
     def batch(self, rows: np.ndarray, packed: bool) -> Batch:
         """Collate examples; inside a batch they are ordered by length, longest first."""
@@ -204,7 +214,10 @@ class Encoded:
         valid = np.arange(lengths.max())[None] < lengths[:, None]
         ids = np.full(valid.shape, self.pad, dtype=np.int64)
         ids[valid] = np.concatenate([self.tokens[i] for i in texts])
-        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(valid.astype(np.int64))}
+        inputs = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(valid.astype(np.int64)),
+        }
         if self.types is not None:
             types = np.zeros_like(ids)
             types[valid] = np.concatenate([self.types[i] for i in texts])

@@ -6,10 +6,8 @@ that is handed the clip factor, and no number read back from the device until an
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,13 +22,10 @@ from armada_lib import losses
 from armada_lib.batching import Encoded, epoch, plan
 from armada_lib.methods import Method, Phase
 from armada_lib.profiles import Training
+from armada_lib.state import Progress, load, restore, save
 from armada_lib.students import Student, StudentOutput
 
 SAVE_EVERY = 300.0  # seconds between two states that a killed run can go on from
-
-
-class Diverged(FloatingPointError):
-    """A loss that is not finite; the message names the first step."""
 
 
 @dataclass
@@ -47,7 +40,7 @@ class Trained:
 
 
 def precision(asked: str, device: torch.device | None = None) -> str:
-    """"auto" -> "bf16" where the processor computes it natively, else "fp32"."""
+    """ "auto" -> "bf16" where the processor computes it natively, else "fp32"."""
     if asked != "auto":
         return asked
     if device is not None and device.type == "cuda":
@@ -67,11 +60,16 @@ class Optimiser:
 
     def __init__(self, module: nn.Module, lr: float, t: Training, steps: int):
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        tables = {
+            id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+        }
         # embeddings without decay: rows that no batch touches stay as they are
         decay = [p for _, p in named if p.ndim > 1 and id(p) not in tables]
         rest = [p for _, p in named if p.ndim <= 1 or id(p) in tables]
-        groups = [{"params": decay, "weight_decay": t.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        groups = [
+            {"params": decay, "weight_decay": t.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
         self.params, self.clip = decay + rest, t.clip
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
         warm = int(t.warmup * steps) if t.schedule == "linear" else 0
@@ -88,8 +86,9 @@ class Optimiser:
         norms = torch._foreach_norm([p.grad for p in self.params if p.grad is not None])
         norm = torch.linalg.vector_norm(torch.stack(norms))
         # The fused kernel divides gradients by `grad_scale` as it reads them: no pass for clipping.
-        self.adam.grad_scale = (norm / self.clip).clamp(min=1.0)
-        self.adam.found_inf = torch.zeros((), device=norm.device)
+        scale = {"grad_scale": (norm / self.clip).clamp(min=1.0)}
+        for name, value in {**scale, "found_inf": torch.zeros_like(norm)}.items():
+            setattr(self.adam, name, value)
         self.adam.step()
         self.rate.step()
         self.adam.zero_grad(set_to_none=True)
@@ -130,21 +129,31 @@ def train(
 
     phases = method.schedule(t.epochs)
     size = len(plan(data, t.batch_size * world, seed, 0, student.packs))
-    count = lambda part: size * sum(p == "joint" or p == part for p in phases)  # noqa: E731
+    count = lambda part: size * sum(p == "joint" or p == part for p in phases)
     names = {"student": student, **method.parts}
-    optimisers = {n: Optimiser(m, method.learning_rate(n), t, max(1, count(_phase(n)))) for n, m in names.items()}
+    optimisers = {
+        n: Optimiser(m, method.learning_rate(n), t, max(1, count(_phase(n))))
+        for n, m in names.items()
+    }
     probed = _probe_steps(phases, size, probes)
-    run = _Progress(steps=size * len(phases))
+    run = Progress(steps=size * len(phases))
     if state is not None and state.exists():
-        _load(state, student, method, optimisers, run)
-    bar = tqdm(total=run.steps, initial=run.step, disable=not progress or not acc.is_main_process, desc="train")
+        load(state, student, method, optimisers, run)
+    bar = tqdm(
+        total=run.steps,
+        initial=run.step,
+        disable=not progress or not acc.is_main_process,
+        desc="train",
+    )
 
     while run.step < run.steps:
         number, start = divmod(run.step, size)
         phase = phases[number]
         moving = [n for n in names if phase == "joint" or _phase(n) == phase]
         student.train(phase != "aligner")
-        for k, rows in enumerate(epoch(data, t.batch_size, seed, number, student.packs, acc.process_index, world)):
+        for k, rows in enumerate(
+            epoch(data, t.batch_size, seed, number, student.packs, acc.process_index, world)
+        ):
             if k < start:
                 continue
             began = time.perf_counter()
@@ -169,20 +178,26 @@ def train(
             run.seconds += time.perf_counter() - began
             bar.update()
             if state is not None and time.monotonic() - run.saved > save_every and run.step % size:
-                _save(acc, state, student, method, optimisers, run)
+                save(acc, state, student, method, optimisers, run)
         run.flush(number, phase, size)
         if phase != "aligner" and t.select == "best" and evaluate is not None:
             run.keep_best(evaluate(), student, method)
         if state is not None and time.monotonic() - run.saved > save_every and run.step < run.steps:
-            _save(acc, state, student, method, optimisers, run)
+            save(acc, state, student, method, optimisers, run)
     bar.close()
     if run.best is not None:
-        _restore(run.best, student, method)
+        restore(run.best, student, method)
     method.finish()
     student.eval()
     if state is not None and acc.is_main_process:
         state.unlink(missing_ok=True)
-    return Trained(run.curves(), run.epochs, run.seconds, run.steps, {"gradients": run.probes, **method.facts()})
+    return Trained(
+        run.curves(),
+        run.epochs,
+        run.seconds,
+        run.steps,
+        {"gradients": run.probes, **method.facts()},
+    )
 
 
 def _phase(part: str) -> str:
@@ -190,7 +205,9 @@ def _phase(part: str) -> str:
 
 
 def _fold(*numbers: int) -> int:
-    return int(np.random.SeedSequence([int(n) for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
+    return int(
+        np.random.SeedSequence([int(n) for n in numbers]).generate_state(1, np.uint64)[0] >> 1
+    )
 
 
 def _shared_centroid(acc: Accelerator) -> Callable[[Tensor], Tensor]:
@@ -236,97 +253,3 @@ def _gradients(student: Student, terms: dict[str, Tensor], out: StudentOutput) -
         if x is not None:
             scatter[name] = float((x.detach() - x.detach().mean(0)).norm(dim=-1).mean())
     return {"gradient": norms, "scatter": scatter}
-
-
-class _Progress:
-    """Where a run stands: what a state file holds besides weights and optimiser moments."""
-
-    def __init__(self, steps: int):
-        self.steps, self.step, self.seconds, self.saved = steps, 0, 0.0, time.monotonic()
-        self.log: list[dict[str, Tensor]] = []
-        self.done: list[dict[str, list[float]]] = []  # one block of curves an epoch
-        self.epochs: list[dict[str, Any]] = []
-        self.probes: list[dict[str, Any]] = []
-        self.best: dict[str, Tensor] | None = None
-        self.best_score = -np.inf
-
-    def flush(self, number: int | None = None, phase: str = "", size: int = 0) -> None:
-        """Read the losses of the steps since the last flush, in one transfer a curve."""
-        if self.log:
-            names = self.log[0].keys()
-            block = {k: torch.stack([s[k].float() for s in self.log]).cpu().tolist() for k in names}
-            bad = next((i for i, v in enumerate(block["total"]) if not np.isfinite(v)), None)
-            if bad is not None:
-                first = self.step - len(self.log) + bad
-                raise Diverged(f"the loss is {block['total'][bad]} at step {first}; lower the learning rate or the weights")
-            self.done.append(block)
-            self.log = []
-        if number is not None:
-            self.epochs.append({"epoch": number, "phase": phase, "steps": size})
-
-    def keep_best(self, score: float, student: Student, method: Method) -> None:
-        self.epochs[-1]["score"] = score
-        if score > self.best_score:
-            self.best_score = score
-            self.best = {k: v.detach().cpu().clone() for k, v in _weights(student, method)}
-
-    def curves(self) -> dict[str, np.ndarray]:
-        names = sorted({k for b in self.done for k in b})
-        blank = lambda b: [np.nan] * len(b["total"])  # noqa: E731
-        return {k: np.array([x for b in self.done for x in b.get(k, blank(b))], dtype=np.float32) for k in names}
-
-
-def _weights(student: Student, method: Method) -> Iterable[tuple[str, Tensor]]:
-    for name, module in {"student": student, **method.parts}.items():
-        for key, value in module.named_parameters():
-            yield f"{name}/{key}", value
-
-
-@torch.no_grad()
-def _restore(saved: dict[str, Tensor], student: Student, method: Method) -> None:
-    for key, value in _weights(student, method):
-        value.copy_(saved[key])
-
-
-def _save(acc: Accelerator, path: Path, student: Student, method: Method, opts: dict[str, Optimiser], run: _Progress) -> None:
-    """All that the rest of the run depends on, in one file that is complete or absent."""
-    run.flush()
-    run.saved = time.monotonic()
-    if acc.is_main_process:
-        tensors = {f"w/{k}": v.detach().cpu().contiguous() for k, v in _weights(student, method)}
-        for name, o in opts.items():
-            for i, p in enumerate(o.params):
-                tensors |= {f"o/{name}/{i}/{k}": v.detach().cpu().contiguous() for k, v in o.adam.state.get(p, {}).items()}
-        if run.best is not None:
-            tensors |= {f"b/{k}": v for k, v in run.best.items()}
-        kept = {k: getattr(run, k) for k in ("step", "seconds", "done", "epochs", "probes", "best_score")}
-        kept["rates"] = {n: o.rate.last_epoch for n, o in opts.items()}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary, metadata={"run": json.dumps(kept)})
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    acc.wait_for_everyone()
-
-
-def _load(path: Path, student: Student, method: Method, opts: dict[str, Optimiser], run: _Progress) -> None:
-    try:
-        with safe_open(path, "pt") as f:
-            kept = json.loads(f.metadata()["run"])
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    except Exception:  # noqa: BLE001  (a state that cannot be read is no state: start again)
-        path.unlink(missing_ok=True)
-        return
-    _restore({k[2:]: v for k, v in tensors.items() if k.startswith("w/")}, student, method)
-    for name, o in opts.items():
-        for i, p in enumerate(o.params):
-            prefix = f"o/{name}/{i}/"
-            moments = {k[len(prefix) :]: v.to(p.device) for k, v in tensors.items() if k.startswith(prefix)}
-            if moments:
-                o.adam.state[p] = moments
-        o.rate.last_epoch = done = kept["rates"][name]
-        for group, base in zip(o.adam.param_groups, o.rate.base_lrs, strict=True):
-            group["lr"] = base * o.rate.lr_lambdas[0](done)
-    run.best = {k[2:]: v for k, v in tensors.items() if k.startswith("b/")} or None
-    for key in ("step", "seconds", "done", "epochs", "probes", "best_score"):
-        setattr(run, key, kept[key])

@@ -32,7 +32,11 @@ def predict(student: Student, method: Method, data: Encoded, bf16: bool) -> dict
         batch = data.batch(order[i : i + EVAL_BATCH], student.packs).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             out = student(batch.inputs)
-        heads = {"student": out.logits, "student_aux": out.aux_logits, **method.other_heads(batch.teacher)}
+        heads = {
+            "student": out.logits,
+            "student_aux": out.aux_logits,
+            **method.other_heads(batch.teacher),
+        }
         for name, logits in heads.items():
             if logits is not None:
                 found.setdefault(name, []).append(method.shape(logits).float().cpu().numpy())
@@ -56,9 +60,11 @@ def metric(name: str, outputs: np.ndarray, labels: np.ndarray) -> float:
 
         return float(matthews_corrcoef(labels, predicted) * 100)
     if name == "pearson":
-        if predicted.std() < 1e-8 or labels.std() < 1e-8:
+        # in float32 the mean of equal numbers is rounded, and their spread is not zero
+        x, y = predicted.astype(np.float64), labels.astype(np.float64)
+        if x.std() < 1e-8 or y.std() < 1e-8:
             return 0.0
-        return float(np.corrcoef(predicted, labels)[0, 1] * 100)
+        return float(np.corrcoef(x, y)[0, 1] * 100)
     raise ValueError(f"unknown metric {name!r}; valid: accuracy, mcc, pearson")
 
 

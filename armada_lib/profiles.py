@@ -35,7 +35,7 @@ def check(name: str, valid: Any, what: str) -> str:
     if name in names:
         return name
     near = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise Unknown(f"unknown {what} {name!r}{hint} Valid: {', '.join(sorted(names))}")
 
 
@@ -111,7 +111,7 @@ class Weights(Strict):
     tau: float = Field(5.0, gt=0, allow_inf_nan=False)
 
     def of(self, manifold: str) -> float:
-        return self.beta[manifold] if isinstance(self.beta, dict) else self.beta
+        return dict(self.beta)[manifold] if isinstance(self.beta, dict) else self.beta  # type: ignore[index]
 
 
 class Nlu(Strict):
@@ -150,7 +150,7 @@ class Profile(Strict):
         for layer, name in (("groups", group), ("tasks", task), ("students", student)):
             merged |= self.training.get(layer, {}).get(name, {})
         merged |= {k: v for k, v in overrides.items() if v is not None}
-        for key in merged:
+        for key in (*merged, *overrides):
             check(key, Training.model_fields, "training setting")
         try:
             return Training(**merged)
@@ -168,10 +168,12 @@ def _short(error: ValidationError, where: str) -> str:
 
 
 def folder() -> Path:
+    """Where the profiles are."""
     return ROOT / "params" / "profiles"
 
 
 def names() -> list[str]:
+    """The profiles there are."""
     return sorted(p.stem for p in folder().glob("*.yaml"))
 
 

@@ -1,18 +1,19 @@
 """From the tidy table of runs to what a page shows: arms, scores beside the paper's, gains, heads.
 
 An *arm* is one line of a comparison: undistilled, ARMADA with one loss in one reading, a control.
-Every function takes the frame of `runs.table`.
+Every function takes the frame that `table` makes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
-from armada_lib import stats, tasks
+from armada_lib import profiles, stats, tasks
+from armada_lib.results import Result
 
 LOSS = {"cosine": "cosine", "euclid": "Euclid", "elementwise": "element-wise"}
 CONTROLS = {
@@ -21,16 +22,44 @@ CONTROLS = {
     "layers_only": "added layers only",
     "frozen_aligner": "frozen aligner",
 }
+LABEL = {"task": "task", "aux_task": "aux. task", "soft": "matching", "aux_soft": "aux. matching",
+         "manifold": "manifold"}  # fmt: skip
 STUDENT = {"bert-6l": "BERT-6L", "bert-base": "BERT-base", "deberta-v2-xxlarge": "DeBERTa-v2-xxlarge",
            "opt-1.3b": "OPT-1.3B"}  # fmt: skip
 PUBLISHED_TEACHER = {"sd14": "stable-diffusion-v1-4", "midjourney": "midjourney"}
+
+
+def table(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
+    """One row per run and head, tidy, from Results or from the records of a committed file."""
+    rows = []
+    for r in results:
+        if isinstance(r, Result):
+            r = {"spec": r.spec, "metric": r.metric, "scores": r.scores, "facts": r.facts}
+        s, facts = r["spec"], r["facts"]
+        usual = profiles.load(s.profile).armada[s.reading].of(s.manifold) if s.manifold else s.beta
+        base = {
+            "profile": s.profile, "task": s.task, "title": tasks.TASKS[s.task].title, "student": s.student,
+            "teacher": s.teacher, "method": s.method, "manifold": s.manifold, "reading": s.reading,
+            "alpha": s.alpha, "beta": s.beta, "gamma": s.gamma, "usual_beta": s.beta == usual,
+            "split": s.training.split, "seed": s.seed, "metric": r["metric"],
+        }  # fmt: skip
+        for head, score in r["scores"].items():
+            rows.append(base | {
+                "head": head, "score": score, "collapsed": facts["behaviour"]["collapsed"],
+                "majority_share": facts["behaviour"].get("majority_share"), "evaluation": facts["evaluation"],
+                "seconds": facts["seconds"], "key": s.key,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def arm(row: Any) -> str:
     """The name of a run's arm: method, loss, reading if not the paper's, beta if not the usual."""
     if row.method == "undistilled":
         return "undistilled"
-    name = CONTROLS.get(row.method) or f"ARMADA {LOSS[row.manifold] if row.manifold else 'no manifold loss'}"
+    name = (
+        CONTROLS.get(row.method)
+        or f"ARMADA {LOSS[row.manifold] if row.manifold else 'no manifold loss'}"
+    )
     extra = ["released"] if row.reading == "released" else []
     extra += [] if row.usual_beta else [f"β = {row.beta:g}"]
     return f"{name} ({', '.join(extra)})" if extra else name
@@ -46,7 +75,9 @@ def arms(df: pd.DataFrame, head: str = "student") -> pd.DataFrame:
     order = {t: i for i, t in enumerate(tasks.TASKS)}
     df["place"] = df["task"].map(order)
     keys = ["place", "rank", "reading", "usual_beta", "arm", "seed"]
-    return df.sort_values(keys, ascending=[True, True, True, False, True, True]).drop(columns=["rank", "place"])
+    return df.sort_values(keys, ascending=[True, True, True, False, True, True]).drop(
+        columns=["rank", "place"]
+    )
 
 
 def _signed(x: float) -> str:
@@ -54,6 +85,7 @@ def _signed(x: float) -> str:
 
 
 def interval(low: float, high: float) -> str:
+    """ " [low, high]" with true minus signs, or nothing where there is none."""
     return "" if math.isnan(low) else f" [{_signed(low)}, {_signed(high)}]"
 
 
@@ -68,7 +100,8 @@ def differences(df: pd.DataFrame, of: str, against: str = "undistilled") -> pd.D
         shared = sorted(set(score.get(of, {})) & set(score.get(against, {})))
         if not shared:
             continue
-        t = stats.paired_difference(*({s: score[a][s] for s in shared} for a in (of, against)))
+        first, second = ({s: score[a][s] for s in shared} for a in (of, against))
+        t = stats.paired_difference(first, second)
         rows.append({"task": task, "title": part["title"].iloc[0], "n": len(shared), "mean": t.difference,
                      "low": t.low, "high": t.high, "p": t.p})  # fmt: skip
     return pd.DataFrame(rows, columns=["task", "title", "n", "mean", "low", "high", "p"])
@@ -78,7 +111,9 @@ def scores(df: pd.DataFrame, published: pd.DataFrame | None = None) -> pd.DataFr
     """Published beside measured, one row per task and arm, with the gain over undistilled."""
     rows = []
     found = arms(df)
-    gains = {a: differences(df, a).set_index("task") for a in found["arm"].unique() if a != "undistilled"}
+    gains = {
+        a: differences(df, a).set_index("task") for a in found["arm"].unique() if a != "undistilled"
+    }
     for (task, name), g in found.groupby(["task", "arm"], sort=False):
         r, s = g.iloc[0], stats.summary(g["score"])
         printed, gain = _printed(published, r), ""
@@ -103,7 +138,9 @@ def _printed(published: pd.DataFrame | None, r: pd.Series) -> tuple[str, str]:
     """(score, gain) the paper prints for this student, task and loss with this teacher, or dashes."""
     if published is None or r["method"] not in ("undistilled", "armada"):
         return "–", "–"
-    rows = published[(published["student"] == STUDENT.get(r["student"])) & (published["task"] == r["title"])]
+    rows = published[
+        (published["student"] == STUDENT.get(r["student"])) & (published["task"] == r["title"])
+    ]
     base = rows[rows["method"] == "undistilled"]
     if r["method"] == "undistilled":
         return (base["printed"].iloc[0], "") if len(base) else ("–", "")
@@ -149,7 +186,9 @@ def average(df: pd.DataFrame, of: str, against: str = "undistilled") -> dict[str
     return {"mean": s.mean, "low": s.low, "high": s.high, "n": s.n, "tasks": len(whole)}
 
 
-def judge(df: pd.DataFrame, names: Sequence[str], control: str = "shuffled teacher") -> tuple[str, str]:
+def judge(
+    df: pd.DataFrame, names: Sequence[str], control: str = "shuffled teacher"
+) -> tuple[str, str]:
     """(outcome, sentence) by the chapter's criterion, for the arms in `names`.
 
     Reproduced: for every named arm the mean gain over tasks is above zero with its whole interval,
@@ -159,6 +198,8 @@ def judge(df: pd.DataFrame, names: Sequence[str], control: str = "shuffled teach
     parts, sure, positive, seeds = [], True, True, []
     for name in names:
         over, beside = average(df, name), average(df, name, control)
+        if not beside["n"]:
+            return "undecided", f"No run of the {control} stands beside {name}."
         for x in (over, beside):
             sure &= x["low"] > 0
             positive &= x["mean"] > 0
@@ -169,7 +210,10 @@ def judge(df: pd.DataFrame, names: Sequence[str], control: str = "shuffled teach
         )
     text = "Mean over tasks, in points: " + "; ".join(parts) + "."
     if not seeds or min(seeds) < 3:
-        return "undecided", f"{text} With {min(seeds, default=0)} seed(s) no interval decides anything."
+        return (
+            "undecided",
+            f"{text} With {min(seeds, default=0)} seed(s) no interval decides anything.",
+        )
     return ("reproduced" if sure else "direction agrees" if positive else "not reproduced"), text
 
 
@@ -182,7 +226,11 @@ def heads(df: pd.DataFrame, six: pd.DataFrame, ten: pd.DataFrame, teacher: str) 
     df = df[(df["method"] == "armada") & (df["reading"] == "paper") & df["usual_beta"]]
     name = PUBLISHED_TEACHER.get(teacher, teacher)
     aligner = six[six["teacher"] == name].set_index("task")["printed"].to_dict()
-    aligner_aux = ten[(ten["model"] == "TS-Aligner") & (ten["teacher"] == name)].set_index("task")["printed"].to_dict()
+    aligner_aux = (
+        ten[(ten["model"] == "TS-Aligner") & (ten["teacher"] == name)]
+        .set_index("task")["printed"]
+        .to_dict()
+    )
     rows = []
     for task, part in df.groupby("task", sort=False):
         title = tasks.TASKS[str(task)].title
@@ -204,11 +252,71 @@ def head_correlation(df: pd.DataFrame, first: str, second: str) -> dict[str, Any
     agree within a task.
     """
     df = df[(df["method"] == "armada") & df["head"].isin([first, second]) & df["usual_beta"]]
-    wide = df.pivot_table(index=["task", "manifold", "reading"], columns="head", values="score").dropna()
+    wide = df.pivot_table(
+        index=["task", "manifold", "reading"], columns="head", values="score"
+    ).dropna()
     if len(wide) < 3 or first not in wide or second not in wide:
-        return {"pairs": len(wide), "plain": math.nan, "centred": math.nan, "interval": (math.nan, math.nan)}
+        return {
+            "pairs": len(wide),
+            "plain": math.nan,
+            "centred": math.nan,
+            "interval": (math.nan, math.nan),
+        }
     plain = stats.spearman(wide[first], wide[second])
     centred = wide - wide.groupby("task").transform("mean")
     spread = min(centred[first].std(), centred[second].std())
     within = stats.spearman(centred[first], centred[second]).rho if spread > 0 else math.nan
-    return {"pairs": len(wide), "plain": plain.rho, "centred": within, "interval": (plain.low, plain.high)}
+    return {
+        "pairs": len(wide),
+        "plain": plain.rho,
+        "centred": within,
+        "interval": (plain.low, plain.high),
+    }
+
+
+def correlations(found: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """`head_correlation` of several models as a table, beside what the paper prints (section 5.1)."""
+    printed = {"student": 0.99, "aligner": 0.69}
+    rows = []
+    for name, r in found.items():
+        low, high = r["interval"]
+        rows.append({
+            "model": name, "published": printed.get(name, math.nan), "measured plain": r["plain"],
+            "95 % interval": "–" if math.isnan(low) else f"[{low:.2f}, {high:.2f}]".replace("-", "−"),
+            "measured centred": r["centred"], "cells": r["pairs"],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def gradients(results: Iterable[Result]) -> pd.DataFrame:
+    """Gradient norm of each term on the encoder by arm, first and last epoch, and the scatter."""
+    rows = []
+    for r in results:
+        probes = r.facts["diagnostics"]["gradients"]
+        name = arms(table([r]))["arm"].iloc[0]
+        for when, probe in (("first", probes[0]), ("last", probes[-1])):
+            terms = {LABEL[k]: v for k, v in probe["gradient"].items()}
+            rows.append(
+                {
+                    "student trained as": name,
+                    "epoch": when,
+                    **terms,
+                    "scatter": probe["scatter"]["hidden"],
+                }
+            )
+    df = pd.DataFrame(rows)
+    columns = [c for c in [*LABEL.values(), "scatter"] if c in df]
+    return df.groupby(["student trained as", "epoch"], sort=False)[columns].mean().reset_index()
+
+
+def beta_choice(df: pd.DataFrame) -> pd.DataFrame:
+    """Score by loss and beta, a column a task, and the mean the choice was made by."""
+    found = arms(df)
+    wide = found.pivot_table(
+        index=["manifold", "beta"], columns="title", values="score", sort=False
+    )
+    wide["mean"] = wide.mean(axis=1)
+    out = wide.reset_index().rename(columns={"manifold": "loss"})
+    best = out.groupby("loss")["mean"].transform("max") == out["mean"]
+    out["chosen"] = ["yes" if b else "" for b in best]
+    return out.assign(loss=out["loss"].map(LOSS), beta=[f"{b:g}" for b in out["beta"]])

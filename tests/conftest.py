@@ -47,7 +47,9 @@ def checkpoints(tmp_path_factory) -> dict[str, StudentSpec]:
     vocab = root / "vocab.txt"
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     size = len(WORDS) + 5
-    common = dict(vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
+    common = dict(
+        vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+    )
     configs = {
         # a wide initialisation: outputs that hardly differ would hide mistakes
         "bert": BertConfig(**common, intermediate_size=64, max_position_embeddings=64, initializer_range=0.3),

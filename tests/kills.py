@@ -13,10 +13,16 @@ import sys
 import time
 
 
-def specs():
-    from armada_lib import runs
+def wanted():
+    from armada_lib import specs
 
-    return runs.grid("tiny", ["cola", "copa"], ["undistilled", "armada"], seeds=(0, 1), readings=("paper", "released"))
+    return specs.grid(
+        "tiny",
+        ["cola", "copa"],
+        ["undistilled", "armada"],
+        seeds=(0, 1),
+        readings=("paper", "released"),
+    )
 
 
 def main(kills: int) -> None:
@@ -29,7 +35,7 @@ def main(kills: int) -> None:
     while True:
         child = os.fork()
         if child == 0:
-            runs.study(specs(), workers=1, progress=False)
+            runs.study(wanted(), workers=1, progress=False)
             os._exit(0)
         deadline = time.monotonic() + rng.uniform(0.02, longest) if done < kills else float("inf")
         while True:

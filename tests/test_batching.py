@@ -11,7 +11,9 @@ from armada_lib.batching import Encoded, epoch, pack, packed_attention, plan
 
 def data(n=50, per=1, seed=0, teacher=True):
     rng = np.random.default_rng(seed)
-    tokens = [rng.integers(5, 90, size=rng.integers(2, 30)).astype(np.int32) for _ in range(n * per)]
+    tokens = [
+        rng.integers(5, 90, size=rng.integers(2, 30)).astype(np.int32) for _ in range(n * per)
+    ]
     x = torch.arange(n * per).float()[:, None].repeat(1, 3).half() if teacher else None
     return Encoded(tokens, None, torch.arange(n), per, 0, x)
 
@@ -57,7 +59,9 @@ def test_labels_tokens_and_vectors_stay_together(packed, per):
     assert b.teacher[:, 0].tolist() == texts
     if packed:
         first, last = b.inputs["packing"].first, b.inputs["packing"].last
-        got = [b.inputs["input_ids"][0, i : j + 1].tolist() for i, j in zip(first, last, strict=True)]
+        got = [
+            b.inputs["input_ids"][0, i : j + 1].tolist() for i, j in zip(first, last, strict=True)
+        ]
     else:
         mask = b.inputs["attention_mask"].bool()
         got = [ids[m].tolist() for ids, m in zip(b.inputs["input_ids"], mask, strict=True)]

@@ -16,7 +16,7 @@ from tiny import experiment, rows, same, weights
 
 from armada_lib import engine, evaluation, losses, students
 from armada_lib.aligner import drift
-from armada_lib.engine import Diverged
+from armada_lib.state import Diverged
 
 HERE = Path(__file__).parent
 
@@ -52,9 +52,13 @@ def test_without_detach_the_student_losses_reach_the_aligner(checkpoints):
     assert not same(weights(a), weights(b))
 
 
-@pytest.mark.parametrize("method, moves", [("armada", True), ("frozen_aligner", False), ("shuffled", True)])
+@pytest.mark.parametrize(
+    "method, moves", [("armada", True), ("frozen_aligner", False), ("shuffled", True)]
+)
 def test_a_frozen_aligner_does_not_move(checkpoints, method, moves):
-    _, before, _ = experiment(checkpoints["bert"], method, training={"epochs": 1, "aligner_lr": 1e-30})
+    _, before, _ = experiment(
+        checkpoints["bert"], method, training={"epochs": 1, "aligner_lr": 1e-30}
+    )
     _, after, _ = experiment(checkpoints["bert"], method, training={"epochs": 1})
     assert same(weights(before.aligner), weights(after.aligner)) != moves
 
@@ -68,7 +72,12 @@ def test_layers_only_has_the_added_layers_and_no_aligner(checkpoints):
 @pytest.mark.parametrize("kind", ["class", "regression", "choice"])
 @pytest.mark.parametrize("reading", ["paper", "released"])
 def test_every_kind_of_task_learns(checkpoints, kind, reading):
-    _, _, trained = experiment(checkpoints["bert"], kind=kind, reading=reading, training={"epochs": 20, "student_lr": 3e-3, "dropout": 0.0})
+    _, _, trained = experiment(
+        checkpoints["bert"],
+        kind=kind,
+        reading=reading,
+        training={"epochs": 20, "student_lr": 3e-3, "dropout": 0.0},
+    )
     task = trained.curves["task"][np.isfinite(trained.curves["task"])]
     assert task[-4:].mean() < 0.7 * task[:4].mean()
     aligner = trained.curves["aligner_task"][np.isfinite(trained.curves["aligner_task"])]
@@ -115,7 +124,9 @@ def test_predictions_do_not_need_the_branch(checkpoints):
     whole = evaluation.predict(student, method, data, bf16=False)
     assert set(whole) == {"student", "student_aux", "aligner", "aligner_aux"}
     student.branch = None
-    assert (evaluation.predict(student, method, data, bf16=False)["student"] == whole["student"]).all()
+    assert (
+        evaluation.predict(student, method, data, bf16=False)["student"] == whole["student"]
+    ).all()
 
 
 def test_the_optimiser_is_clipped_adamw(checkpoints):
@@ -153,7 +164,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("reading, select", [("paper", "last"), ("released", "best")])
 @pytest.mark.parametrize("at", [1, 5, 8, 11])
-def test_a_killed_run_ends_as_an_unkilled_one(checkpoints, tmp_path, monkeypatch, reading, select, at):
+def test_a_killed_run_ends_as_an_unkilled_one(
+    checkpoints, tmp_path, monkeypatch, reading, select, at
+):
     state = tmp_path / "state.safetensors"
     scores = iter([3.0, 2.0, 1.0] * 3)
     kw = {"reading": reading, "training": {"epochs": 3, "select": select}}
@@ -211,7 +224,9 @@ def test_two_processes_match_one_with_twice_the_batch(checkpoints, tmp_path, man
             assert f.metadata() == {"processes": str(processes), "steps": "8"}
             found[processes] = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     for name, one in found[1].items():
-        if name.endswith("key.bias"):  # its gradient is zero in exact arithmetic: Adam blows up rounding
+        if name.endswith(
+            "key.bias"
+        ):  # its gradient is zero in exact arithmetic: Adam blows up rounding
             continue
         torch.testing.assert_close(found[2][name], one, atol=2e-4, rtol=1e-3)
 
@@ -224,7 +239,9 @@ def trajectories(spec):
     found = {}
     for method, reading, kind in TRAJECTORIES:
         extra = {"alpha": 0, "beta": 0} if method == "layers_only" else {}
-        _, _, t = experiment(spec, method, kind, reading=reading, training={"dropout": 0.0}, **extra)
+        _, _, t = experiment(
+            spec, method, kind, reading=reading, training={"dropout": 0.0}, **extra
+        )
         found[f"{method} {reading} {kind}"] = {
             k: [None if np.isnan(x) else round(float(x), 5) for x in t.curves[k]]
             for k in ("total", "task", "grad_student") if k in t.curves
@@ -240,7 +257,13 @@ def test_the_committed_trajectory_still_holds(checkpoints):
     for run, curves in kept.items():
         for name, curve in curves.items():
             a = np.array(curve, dtype=float)
-            np.testing.assert_allclose(np.array(now[run][name], dtype=float), a, rtol=2e-3, atol=2e-4, err_msg=f"{run} {name}")
+            np.testing.assert_allclose(
+                np.array(now[run][name], dtype=float),
+                a,
+                rtol=2e-3,
+                atol=2e-4,
+                err_msg=f"{run} {name}",
+            )
 
 
 def test_a_run_leaves_the_callers_random_state_alone(checkpoints):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from armada_lib import profiles, runs, teachers
+from armada_lib import profiles, report, runs, specs, teachers
 from armada_lib.results import RunStore
 
 HERE = Path(__file__).parent
@@ -21,14 +21,30 @@ HERE = Path(__file__).parent
 def tiny_teacher(folder: Path) -> None:
     """A random StableDiffusionPipeline of a few thousand weights, as the hub lays it out."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
     from conftest import WORDS
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import BertConfig, BertModel, BertTokenizerFast
 
     torch.manual_seed(1)
     vocab = folder.parent / "teacher-vocab.txt"
-    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *"abcdefghijklmnopqrstuvwxyz.,?!'"]))
+    vocab.write_text(
+        "\n".join(
+            [
+                "[PAD]",
+                "[UNK]",
+                "[CLS]",
+                "[SEP]",
+                "[MASK]",
+                *WORDS,
+                *"abcdefghijklmnopqrstuvwxyz.,?!'",
+            ]
+        )
+    )
     text = BertModel(BertConfig(vocab_size=len(vocab.read_text().split("\n")), hidden_size=32, num_hidden_layers=1,
                                 num_attention_heads=2, intermediate_size=32, initializer_range=0.5))  # fmt: skip
     pipe = StableDiffusionPipeline(
@@ -61,7 +77,12 @@ def root(checkpoints, tmp_path_factory) -> Path:
     raw["students"] = {"bert-6l": {"checkpoint": checkpoints["bert"].checkpoint}}
     raw["teachers"] = {"sd14": {"kind": "image", "checkpoint": str(base / "teacher"), "width": 64, "steps": 2,
                                 "guidance": 7.5, "size": 8}}  # fmt: skip
-    raw["training"]["default"] = {"epochs": 2, "batch_size": 8, "student_lr": 1e-3, "precision": "fp32"}
+    raw["training"]["default"] = {
+        "epochs": 2,
+        "batch_size": 8,
+        "student_lr": 1e-3,
+        "precision": "fp32",
+    }
     (base / "params/profiles").mkdir(parents=True)
     (base / "params/profiles/tiny.yaml").write_text(yaml.safe_dump(raw))
     return base
@@ -71,11 +92,11 @@ def root(checkpoints, tmp_path_factory) -> Path:
 def project(root, monkeypatch):
     monkeypatch.setattr(profiles, "ROOT", root)
     profiles.load.cache_clear()
-    runs._examples.cache_clear()
+    specs._examples.cache_clear()
     runs._teacher.cache_clear()
     yield root
     profiles.load.cache_clear()
-    runs._examples.cache_clear()
+    specs._examples.cache_clear()
     runs._teacher.cache_clear()
 
 
@@ -84,8 +105,15 @@ def everything(store: RunStore, specs) -> dict[str, tuple]:
     found = {}
     for s in specs:
         r = store.load(s.key)
-        arrays = {**{f"o/{k}": v for k, v in r.outputs.items()}, **{f"c/{k}": v for k, v in r.curves.items()}}
-        found[s.key] = (r.scores, {k: v.tobytes() for k, v in sorted(arrays.items())}, r.facts["diagnostics"])
+        arrays = {
+            **{f"o/{k}": v for k, v in r.outputs.items()},
+            **{f"c/{k}": v for k, v in r.curves.items()},
+        }
+        found[s.key] = (
+            r.scores,
+            {k: v.tobytes() for k, v in sorted(arrays.items())},
+            r.facts["diagnostics"],
+        )
     return found
 
 
@@ -105,27 +133,34 @@ def test_a_study_killed_at_random_moments_ends_as_an_unkilled_one(project, tmp_p
     assert found["killed"] >= 20 and found["whole"] == 0
     import kills as script
 
-    specs = script.specs()
-    killed, whole = (everything(RunStore(tmp_path / n), specs) for n in ("killed", "whole"))
+    chosen = script.wanted()
+    killed, whole = (everything(RunStore(tmp_path / n), chosen) for n in ("killed", "whole"))
     assert killed == whole
-    leftovers = [p.name for p in (tmp_path / "killed/states").iterdir() if p.suffix == ".safetensors"]
+    leftovers = [
+        p.name for p in (tmp_path / "killed/states").iterdir() if p.suffix == ".safetensors"
+    ]
     assert not leftovers
 
 
 def test_a_stored_run_is_never_computed_again(project, store, monkeypatch):
-    s = runs.spec("tiny", "cola", "undistilled")
+    s = specs.spec("tiny", "cola", "undistilled")
     first = runs.run(s)
     monkeypatch.setattr(runs, "compute", lambda *a, **k: pytest.fail("computed again"))
     again = runs.run(s)
-    assert again.scores == first.scores and (again.outputs["student"] == first.outputs["student"]).all()
+    assert (
+        again.scores == first.scores
+        and (again.outputs["student"] == first.outputs["student"]).all()
+    )
     assert set(first.scores) == {"student"} and again.facts["train"] == 24
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_a_damaged_result_is_set_aside_and_computed_again(project, store, damage, caplog):
-    s = runs.spec("tiny", "cola", "undistilled")
+    s = specs.spec("tiny", "cola", "undistilled")
     first = runs.run(s)
-    path = store / "runs" / s.key / ("arrays.safetensors" if damage != "truncate" else "result.json")
+    path = (
+        store / "runs" / s.key / ("arrays.safetensors" if damage != "truncate" else "result.json")
+    )
     raw = bytearray(path.read_bytes())
     if damage == "remove":
         path.unlink()
@@ -138,13 +173,13 @@ def test_a_damaged_result_is_set_aside_and_computed_again(project, store, damage
 
 
 def test_a_damaged_vector_is_computed_again_not_used(project, store):
-    s = runs.spec("tiny", "cola", "armada")
+    s = specs.spec("tiny", "cola", "armada")
     first = runs.run(s)
     for path in (store / "features").rglob("*.rows"):
         raw = bytearray(path.read_bytes())
         raw[10] ^= 0xFF
         path.write_bytes(raw)
-    t = runs.spec("tiny", "cola", "armada", seed=1)
+    t = specs.spec("tiny", "cola", "armada", seed=1)
     runs.run(t)
     (store / "runs" / s.key).rename(store / "first")
     again = runs.run(s)
@@ -153,11 +188,13 @@ def test_a_damaged_vector_is_computed_again_not_used(project, store):
 
 def test_two_workers_give_what_one_gives(project, tmp_path, monkeypatch):
     monkeypatch.setenv("ARMADA_ROOT", str(project))  # for the workers
-    specs = runs.grid("tiny", ["cola"], ["undistilled", "armada", "shuffled"], manifolds=("euclid",))
+    chosen = specs.grid(
+        "tiny", ["cola"], ["undistilled", "armada", "shuffled"], manifolds=("euclid",)
+    )
     one, two = RunStore(tmp_path / "one"), RunStore(tmp_path / "two")
-    runs.study(specs, one, workers=1, progress=False)
-    runs.study(specs, two, workers=2, progress=False)
-    assert everything(one, specs) == everything(two, specs)
+    runs.study(chosen, one, workers=1, progress=False)
+    runs.study(chosen, two, workers=2, progress=False)
+    assert everything(one, chosen) == everything(two, chosen)
 
 
 def test_teacher_vectors_are_computed_once_for_all_runs(project, store, monkeypatch):
@@ -171,12 +208,19 @@ def test_teacher_vectors_are_computed_once_for_all_runs(project, store, monkeypa
         return t
 
     monkeypatch.setattr(teachers, "load", counting)
-    runs.study(runs.grid("tiny", ["cola"], ["armada", "shuffled", "random", "layers_only"]), workers=1, progress=False)
+    runs.study(
+        specs.grid("tiny", ["cola"], ["armada", "shuffled", "random", "layers_only"]),
+        workers=1,
+        progress=False,
+    )
     assert len(seen) == len(set(seen)) == 48
 
 
 def test_controls_read_what_they_say(project, store):
-    s = {m: runs.spec("tiny", "copa", m) for m in ("armada", "shuffled", "random", "layers_only", "undistilled")}
+    s = {
+        m: specs.spec("tiny", "copa", m)
+        for m in ("armada", "shuffled", "random", "layers_only", "undistilled")
+    }
     RunStore().check()
     runs.extract(list(s.values()), RunStore(), progress=False)
     built = {m: runs.build(x, RunStore()) for m, x in s.items()}
@@ -192,22 +236,27 @@ def test_controls_read_what_they_say(project, store):
 
 
 def test_equal_work_has_one_key(project):
-    a = runs.spec("tiny", "cola", "undistilled", manifold="cosine", reading="released", alpha=0.1)
-    b = runs.spec("tiny", "cola", "undistilled")
+    a = specs.spec("tiny", "cola", "undistilled", manifold="cosine", reading="released", alpha=0.1)
+    b = specs.spec("tiny", "cola", "undistilled")
     assert a.key == b.key and a.manifold is None and a.teacher is None
-    c = runs.spec("tiny", "cola", "armada", beta=0.0, manifold="cosine")
-    d = runs.spec("tiny", "cola", "armada", beta=0.0, manifold="euclid")
+    c = specs.spec("tiny", "cola", "armada", beta=0.0, manifold="cosine")
+    d = specs.spec("tiny", "cola", "armada", beta=0.0, manifold="euclid")
     assert c.key == d.key
-    specs = runs.grid("tiny", ["cola"], ["undistilled", "armada"], readings=("paper", "released"))
-    assert len(specs) == 1 + 2 * 3
+    chosen = specs.grid("tiny", ["cola"], ["undistilled", "armada"], readings=("paper", "released"))
+    assert len(chosen) == 1 + 2 * 3
 
 
 def test_the_tables_row_and_the_exported_line_say_what_stood_behind(project, tmp_path):
-    r = runs.run(runs.spec("tiny", "cola", "armada", train_size=16, eval_size=10))
-    df = runs.table([r])
-    assert set(df["head"]) == {"student", "student_aux", "aligner", "aligner_aux"} and len(r.labels) == 10
+    r = runs.run(specs.spec("tiny", "cola", "armada", train_size=16, eval_size=10))
+    df = report.table([r])
+    assert (
+        set(df["head"]) == {"student", "student_aux", "aligner", "aligner_aux"}
+        and len(r.labels) == 10
+    )
     line = r.record()
-    assert line["spec"]["teacher_id"] and line["environment"]["torch"] and line["facts"]["seconds"] > 0
+    assert (
+        line["spec"]["teacher_id"] and line["environment"]["torch"] and line["facts"]["seconds"] > 0
+    )
     assert len(line["predictions"]) == 10 and json.dumps(line)
     assert "home" not in json.dumps(line["environment"])
 
@@ -216,12 +265,12 @@ def test_a_trained_student_loads_with_plain_transformers(project, tmp_path):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    s = runs.spec("tiny", "cola", "armada")
+    s = specs.spec("tiny", "cola", "armada")
     runs.trained_student(s).save_pretrained(tmp_path / "student")
     stored = runs.run(s)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
-    _, held = runs.examples(s)
+    _, held = specs.examples(s)
     with torch.no_grad():
         logits = model(**tokenizer(held.first, padding=True, return_tensors="pt")).logits.numpy()
     np.testing.assert_allclose(logits, stored.outputs["student"], atol=1e-4)

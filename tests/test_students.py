@@ -40,7 +40,9 @@ def test_packed_equals_padded(checkpoints, name, pooling, pairs):
 
 @pytest.mark.parametrize("name", ["bert", "deberta", "opt"])
 @pytest.mark.parametrize("outputs", [1, 3])
-def test_saved_student_is_a_plain_checkpoint_with_the_same_predictions(checkpoints, name, outputs, tmp_path):
+def test_saved_student_is_a_plain_checkpoint_with_the_same_predictions(
+    checkpoints, name, outputs, tmp_path
+):
     student = students.load(checkpoints[name], outputs, seed=3, regression=outputs == 1)
     student.add_branch(768, seed=1)
     student.compact(np.arange(20))
@@ -114,8 +116,14 @@ def test_texts_over_the_limit_are_cut_and_counted(checkpoints):
 
 def test_pooling_last_reads_the_last_token_and_mean_the_mean(checkpoints):
     """Against hidden states computed text by text, without any padding."""
-    for pooling, pick in (("cls", lambda h: h[0]), ("last", lambda h: h[-1]), ("mean", lambda h: h.mean(0))):
-        student = students.load(checkpoints["bert"].model_copy(update={"pooling": pooling}), 2, seed=0).eval()
+    for pooling, pick in (
+        ("cls", lambda h: h[0]),
+        ("last", lambda h: h[-1]),
+        ("mean", lambda h: h.mean(0)),
+    ):
+        student = students.load(
+            checkpoints["bert"].model_copy(update={"pooling": pooling}), 2, seed=0
+        ).eval()
         data = encoded(student)
         batch = data.batch(np.arange(8), True)
         pooled = student.pooled(batch.inputs)

@@ -19,7 +19,20 @@ WIDTH = 24
 def rows(student, n=32, seed=0, kind="class"):
     """Random sentences; the label is whether a word occurs, the teacher vector knows it too."""
     rng = np.random.default_rng(seed)
-    words = ["cat", "dog", "bird", "sat", "ran", "on", "under", "tree", "house", "red", "blue", "not"]
+    words = [
+        "cat",
+        "dog",
+        "bird",
+        "sat",
+        "ran",
+        "on",
+        "under",
+        "tree",
+        "house",
+        "red",
+        "blue",
+        "not",
+    ]
     texts = [" ".join(rng.choice(words, size=rng.integers(2, 12))) for _ in range(n)]
     has = np.array(["dog" in t for t in texts])
     ids, types, _ = students.tokenise(student, texts, None, 64)
@@ -31,20 +44,30 @@ def rows(student, n=32, seed=0, kind="class"):
         labels = torch.from_numpy(has.astype(np.int64))
     if kind == "choice":
         labels = labels[: n // 2]
-    return Encoded(ids, types, labels, 2 if kind == "choice" else 1, 0, torch.from_numpy(vectors).half())
+    return Encoded(
+        ids, types, labels, 2 if kind == "choice" else 1, 0, torch.from_numpy(vectors).half()
+    )
 
 
 def setting(kind="class", seed=0, training=None, **weights) -> Setting:
-    t = Training(**{"epochs": 2, "batch_size": 8, "student_lr": 1e-3, "precision": "fp32"} | (training or {}))
+    t = Training(
+        **{"epochs": 2, "batch_size": 8, "student_lr": 1e-3, "precision": "fp32"} | (training or {})
+    )
     w = {"alpha": 0.5, "beta": 0.1, "gamma": 1.0} | weights
     return Setting(kind, 2 if kind == "class" else 1, t, seed, width=WIDTH, label_mean=1.5, **w)
 
 
-def experiment(spec: StudentSpec, method="armada", kind="class", student_seed=None, run=None, n=32, **kw):
+def experiment(
+    spec: StudentSpec, method="armada", kind="class", student_seed=None, run=None, n=32, **kw
+):
     """(student, method, Trained) of a tiny run; `run` goes to `engine.train`."""
     s = setting(kind, **kw)
     student = students.load(
-        spec, s.outputs, s.seed if student_seed is None else student_seed, kind == "regression", s.training.dropout
+        spec,
+        s.outputs,
+        s.seed if student_seed is None else student_seed,
+        kind == "regression",
+        s.training.dropout,
     )
     m = METHODS[method].build(s, student)
     data = rows(student, n, kind=kind)
@@ -74,7 +97,11 @@ def main(checkpoint: str, out: str, manifold: str, batch: str) -> None:
     if acc.is_main_process:
         found = {f"s/{k}": v for k, v in weights(student).items()}
         found |= {f"a/{k}": v for k, v in weights(m.aligner).items()}
-        save_file(found, Path(out), metadata={"processes": str(acc.num_processes), "steps": str(trained.steps)})
+        save_file(
+            found,
+            Path(out),
+            metadata={"processes": str(acc.num_processes), "steps": str(trained.steps)},
+        )
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def table(result: dict) -> str:
         "parameters": ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in result["parameters"].items()),
         "weights": f"{sum(result['bytes'].values()) / 1e6:.2f} MB (fp16)",
         "autoencoder, held-out pictures": f"{result['vae_psnr_held_out']:.1f} dB PSNR",
-        "seconds a text, batch 32": f"{result['processor_seconds_per_text']:.3f} of processor time, "
+        "seconds a text, batch 32": f"{result['processor_seconds_per_text']:.3f} by processor, "
         f"{result['seconds_per_text']:.3f} by the clock of a shared machine "
         f"({result['threads']} thread)",
         "deviation of painted / true latents": f"{held['deviation']:.2f} / "

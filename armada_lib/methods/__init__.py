@@ -16,6 +16,8 @@ Vectors = Literal["real", "shuffled", "random"]
 
 
 class Entry(NamedTuple):
+    """How a method is built and what it needs."""
+
     build: Callable[[Setting, Student], Method]
     about: str
     vectors: Vectors | None = None  # what the aligner reads; None = there is no aligner
@@ -31,8 +33,21 @@ METHODS: dict[str, Entry] = {
         lambda s, m: Armada(s, m, aligned=False), "control: the added layers, no teacher"
     ),
     "frozen_aligner": Entry(
-        lambda s, m: Armada(s, m, frozen=True), "control: the aligner stays at its random start", "real"
+        lambda s, m: Armada(s, m, frozen=True),
+        "control: the aligner stays at its random start",
+        "real",
     ),
 }
 
-__all__ = ["METHODS", "READINGS", "Armada", "Entry", "Method", "Phase", "Reading", "Setting", "Terms", "Vectors"]
+__all__ = [
+    "METHODS",
+    "READINGS",
+    "Armada",
+    "Entry",
+    "Method",
+    "Phase",
+    "Reading",
+    "Setting",
+    "Terms",
+    "Vectors",
+]

@@ -27,6 +27,8 @@ from armada_lib.students import Student, StudentOutput
 
 @dataclass(frozen=True)
 class Reading:
+    """What one reading of the paper decides; see the module's text."""
+
     aligner: str
     soft: str
     manifold: dict[str, str]
@@ -58,7 +60,9 @@ class Armada(Method):
     keeps the aligner at its random start (Figure 9, Table 15).
     """
 
-    def __init__(self, setting: Setting, student: Student, aligned: bool = True, frozen: bool = False):
+    def __init__(
+        self, setting: Setting, student: Student, aligned: bool = True, frozen: bool = False
+    ):
         super().__init__(setting, student)
         self.reading = READINGS[setting.reading]
         self.frozen, self.reads_teacher, self.drift = frozen, aligned, 0.0
@@ -72,7 +76,9 @@ class Armada(Method):
         shared = self.aligner.shared if self.aligner else 768
         self.projection = setting.training.projection or self.reading.projection
         # a seed of its own: aligner and student branch must not start equal
-        student.add_branch(shared, setting.seed + 1_000_003, self.reading.init, self.projection == "fixed")
+        student.add_branch(
+            shared, setting.seed + 1_000_003, self.reading.init, self.projection == "fixed"
+        )
         self.soft = losses.choose(losses.SOFT, self.reading.soft, "soft loss")
         self.manifold = losses.choose(
             losses.MANIFOLD, self.reading.manifold[setting.manifold], "manifold loss"
@@ -91,7 +97,9 @@ class Armada(Method):
             return before + ["aligner", "student"] * epochs  # type: ignore[operator]
         return before + ["joint"] * epochs  # type: ignore[operator]
 
-    def losses(self, batch: Batch, out: StudentOutput | None, phase: Phase, centroid: Centroid) -> Terms:
+    def losses(
+        self, batch: Batch, out: StudentOutput | None, phase: Phase, centroid: Centroid
+    ) -> Terms:
         s, terms = self.setting, {}
         t = None
         if self.aligner is not None:
@@ -131,7 +139,7 @@ class Armada(Method):
     def _orthogonal(self) -> list[nn.Parameter]:
         weights = list(self.aligner.orthogonal_weights()) if self.parts and self.aligner else []
         if self.projection == "orthogonal" and self.student.branch is not None:
-            weights.append(self.student.branch["projection"].weight)
+            weights.append(self.student.branch["projection"].weight)  # type: ignore[arg-type]
         return weights
 
     def after_step(self, step: int) -> None:

@@ -57,7 +57,11 @@ class Method:
             student.centre(setting.label_mean)
 
     def learning_rate(self, part: str) -> float:
-        return self.setting.training.student_lr if part == "student" else self.setting.training.aligner_lr
+        return (
+            self.setting.training.student_lr
+            if part == "student"
+            else self.setting.training.aligner_lr
+        )
 
     def schedule(self, epochs: int) -> list[Phase]:
         return ["joint"] * epochs
@@ -71,7 +75,9 @@ class Method:
     def task(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.task_loss(self.shape(logits), labels)
 
-    def losses(self, batch: Batch, out: StudentOutput | None, phase: Phase, centroid: Centroid) -> Terms:
+    def losses(
+        self, batch: Batch, out: StudentOutput | None, phase: Phase, centroid: Centroid
+    ) -> Terms:
         assert out is not None
         return {"task": self.task(out.logits, batch.labels)}
 

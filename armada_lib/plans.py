@@ -1,0 +1,185 @@
+"""A chapter's parameters turned into runs, and the committed evidence read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from armada_lib import chapter, profiles, report, results, specs
+from armada_lib import tasks as task_table
+from armada_lib.methods import METHODS
+from armada_lib.profiles import MANIFOLDS, READINGS, Profile, check
+from armada_lib.results import Result, RunSpec, RunStore
+
+NLU_PARAMETERS = (
+    "profile", "teacher", "student", "tasks", "methods", "manifold", "reading", "seeds",
+    "alpha", "beta", "gamma", "tau", "workers", "keep",
+)  # fmt: skip
+
+
+def several(
+    value: Any, otherwise: Sequence[Any], valid: Iterable[str] | None = None, what: str = ""
+) -> list[Any]:
+    """ "auto" -> the profile's list; "a,b" or [a, b] -> that list, each name checked."""
+    if isinstance(value, str):
+        value = (
+            otherwise
+            if value == "auto"
+            else [v.strip(" \"'") for v in value.strip("[]").split(",") if v.strip()]
+        )
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise ValueError(f"{what}: nothing is chosen")
+    return items if valid is None else [check(v, valid, what) for v in items]
+
+
+def cast(profile: Profile, student: str, teacher: str | None) -> str:
+    """Who plays whom: "BERT-6L (66M) played by MiniLM-L6, 22.7M parameters; ..."."""
+
+    def played(spec: Any) -> str:
+        name = spec.stands_for or spec.name
+        return f"{name} played by {spec.note}" if spec.note else f"{name} ({spec.checkpoint})"
+
+    parts = [played(profile.student(student))]
+    if teacher:
+        parts.append(played(profile.teacher(teacher)))
+    return "; ".join(parts)
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed" if n == 1 else f"{n} seeds"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a chapter will run: validated names and the complete specs."""
+
+    profile: str
+    teacher: str
+    students: list[str]
+    specs: list[RunSpec]
+
+    @property
+    def said(self) -> str:
+        p = profiles.load(self.profile)
+        who = " | ".join(cast(p, s, self.teacher) for s in self.students)
+        return f"profile {self.profile}; {who}; {_seeds(len({s.seed for s in self.specs}))}"
+
+    def run_line(self, store: RunStore | None = None) -> None:
+        """Show what will run and how much of it is stored already."""
+        store = store or RunStore()
+        p, stored = profiles.load(self.profile), sum(s in store for s in self.specs)
+        chapter.run_line({
+            "profile": f"{self.profile} ({p.about})",
+            "student": [cast(p, s, None) for s in self.students],
+            "teacher": cast(p, self.students[0], self.teacher).split("; ", 1)[1],
+            "tasks": list(dict.fromkeys(task_table.TASKS[s.task].title for s in self.specs)),
+            "seeds": sorted({s.seed for s in self.specs}),
+            "precision": sorted({s.training.precision for s in self.specs}),
+            "runs": f"{len(self.specs)}, {stored} stored" if stored else len(self.specs),
+        })  # fmt: skip
+
+    def published(self, number: int) -> pd.DataFrame:
+        """Table `number` of the paper, with Table 3 for the large GLUE tasks."""
+        frames = [chapter.published(number)] + ([chapter.published(3)] if number == 2 else [])
+        return pd.concat(frames, ignore_index=True)
+
+
+def nlu(ns: dict[str, Any]) -> Plan:
+    """Check the NLU chapter's parameters and make its specs; nothing is computed yet.
+
+    Raises one clear error for an unknown parameter or name, a weight out of range, data or
+    checkpoints that are missing, and a store that cannot be written to.
+    """
+    got = chapter.params(ns, NLU_PARAMETERS)
+    name = profiles.default() if got["profile"] == "auto" else got["profile"]
+    p = profiles.load(name)
+    p.teacher(got["teacher"])
+    students = several(got["student"], [p.nlu.student], p.students, f"student (profile {name})")
+    wanted = several(got["tasks"], p.nlu.tasks, task_table.TASKS, "task")
+    methods = several(got["methods"], p.nlu.methods, METHODS, "method")
+    if "undistilled" not in methods:  # a gain needs what it is a gain over
+        methods = ["undistilled", *methods]
+    manifolds = several(got["manifold"], p.nlu.manifolds, MANIFOLDS, "manifold loss")
+    readings = several(got["reading"], p.nlu.readings, READINGS, "reading")
+    seeds = several(got["seeds"], p.nlu.seeds)
+    if bad := [s for s in seeds if not str(s).isdigit()]:
+        raise ValueError(f"seeds must be whole numbers of 0 or more, such as 0,1,2; got {bad}")
+    seeds = [int(s) for s in seeds]
+    weights = {k: got[k] for k in ("alpha", "beta", "gamma", "tau")}
+    RunStore().check()
+    planned = [
+        s for student in students
+        for s in specs.grid(name, wanted, methods, manifolds, readings, seeds,
+                           student=student, teacher=got["teacher"], **weights)
+    ]  # fmt: skip
+    return Plan(name, got["teacher"], students, planned)
+
+
+# -- committed evidence ------------------------------------------------------------------------
+
+
+def folder() -> Path:
+    """Where evidence is committed."""
+    return profiles.ROOT / "book" / "results"
+
+
+def keep(found: Iterable[Result], name: str) -> Path:
+    """Add Results to `book/results/<name>.jsonl`, one line a run; a run already there is replaced."""
+    path = folder() / f"{name}.jsonl"
+    old = {r["key"]: r for r in results.read(path)} if path.exists() else {}
+    results.export([*old.values(), *found], path)
+    return path
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Committed runs, as records and as the frame of `report.table`."""
+
+    name: str
+    records: list[dict[str, Any]]
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        return report.table(self.records)
+
+    @property
+    def said(self) -> str:
+        one: RunSpec = self.records[0]["spec"]
+        teacher = next((r["spec"].teacher for r in self.records if r["spec"].teacher), None)
+        counts = self.frame.groupby("task")["seed"].nunique()
+        seeds = (
+            _seeds(counts.max())
+            if counts.min() == counts.max()
+            else f"{counts.min()} to {_seeds(counts.max())}"
+        )
+        return f"profile {one.profile}; {cast(profiles.load(one.profile), one.student, teacher)}; {seeds}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a run line: what was run, on what, at which cost."""
+        done = [r["spec"] for r in self.records]
+        seconds = sum(r["facts"]["seconds"] for r in self.records)
+        return {
+            "evidence": f"book/results/{self.name}.jsonl",
+            "runs": len(done),
+            "tasks": list(dict.fromkeys(task_table.TASKS[s.task].title for s in done)),
+            "seeds": sorted({s.seed for s in done}),
+            "precision": sorted({s.training.precision for s in done}),
+            "processor": sorted(
+                {r["environment"]["gpu"] or r["environment"]["cpu"] for r in self.records}
+            ),
+            "torch": sorted({r["environment"]["torch"] for r in self.records}),
+            "minutes": round(seconds / 60),
+        }
+
+
+def committed(name: str) -> Evidence:
+    """Evidence in `book/results/<name>.jsonl`; `profiles.Unknown` lists what there is."""
+    check(name, [p.stem for p in folder().glob("*.jsonl")], "evidence in book/results")
+    return Evidence(name, results.read(folder() / f"{name}.jsonl"))

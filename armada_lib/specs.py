@@ -1,0 +1,140 @@
+"""From names to complete, validated `RunSpec`s; whatever is wrong shows here, before any work."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from armada_lib import engine, profiles, teachers
+from armada_lib import tasks as task_table
+from armada_lib.methods import METHODS, READINGS
+from armada_lib.profiles import MANIFOLDS, Profile, Weights
+from armada_lib.results import RunSpec
+
+
+def spec(
+    profile: str,
+    task: str,
+    method: str = "armada",
+    student: str | None = None,
+    teacher: str = "sd14",
+    manifold: str = "euclid",
+    reading: str = "paper",
+    seed: int = 0,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    tau: float | None = None,
+    processes: int = 1,
+    **training: Any,
+) -> RunSpec:
+    """A complete, validated RunSpec; what is not given comes from the profile.
+
+    `training`: any field of `profiles.Training`. Checks every name and number, reads the task's
+    rows and identifies both checkpoints, so that whatever is wrong shows before any work.
+    """
+    p = profiles.load(profile)
+    _need_gpu(p)
+    entry = METHODS[profiles.check(method, METHODS, "method")]
+    profiles.check(manifold, MANIFOLDS, "manifold loss")
+    profiles.check(reading, READINGS, "reading")
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed must be an integer of 0 or more, got {seed!r}")
+    student = student or p.nlu.student
+    kind = task_table.get(task)
+    t = p.recipe(kind.group, task, student, **training)
+    t = t.model_copy(update={"precision": engine.precision(t.precision, device())})
+    who, taught = p.student(student), p.teacher(teacher) if entry.vectors else None
+    w = _weights(p, reading, manifold, {"alpha": alpha, "beta": beta, "gamma": gamma, "tau": tau})
+    if method == "layers_only":  # no teacher: only the added heads remain
+        w |= {"alpha": 0.0, "beta": 0.0}
+    if not entry.distils:
+        w = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "tau": 1.0}
+    train, evaluation_ = _examples(task, p.data, t.train_size, t.eval_size, t.split, t.copa)
+    return RunSpec(
+        profile=profile, task=task, student=student, method=method,
+        teacher=taught.name if taught else None,
+        manifold=manifold if entry.vectors and w["beta"] else None,
+        reading=reading if entry.distils else None,
+        seed=seed, training=t, processes=processes,
+        alpha=w["alpha"], beta=w["beta"], gamma=w["gamma"], tau=w["tau"],
+        student_id=profiles.identity(who.checkpoint, who.revision) + f"/{who.pooling or 'own pooling'}",
+        teacher_id=teachers.fingerprint(taught, device().type) if taught else None,
+        data_id=f"{train.digest}/{evaluation_.digest}",
+    )  # fmt: skip
+
+
+def _weights(
+    p: Profile, reading: str, manifold: str, given: dict[str, float | None]
+) -> dict[str, float]:
+    base = p.armada[reading]  # type: ignore[index]
+    merged = {"alpha": base.alpha, "beta": base.of(manifold), "gamma": base.gamma, "tau": base.tau}
+    merged |= {k: v for k, v in given.items() if v is not None}
+    for name, value in merged.items():
+        low, high = {"alpha": (0, 1), "tau": (1e-9, math.inf)}.get(name, (0, math.inf))
+        if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
+            bounds = (
+                "from 0 to 1" if name == "alpha" else "above 0" if name == "tau" else "of 0 or more"
+            )
+            raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
+    Weights(**merged)
+    return {k: float(v) for k, v in merged.items()}
+
+
+def grid(
+    profile: str,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    manifolds: Sequence[str] = MANIFOLDS,
+    readings: Sequence[str] = ("paper",),
+    seeds: Sequence[int] = (0,),
+    control_manifold: str = "euclid",
+    **common: Any,
+) -> list[RunSpec]:
+    """All combinations, each once; `common` goes to `spec`. Controls use one manifold loss."""
+    for values, valid, what in (
+        (methods, METHODS, "method"),
+        (manifolds, MANIFOLDS, "manifold loss"),
+    ):
+        for v in values:
+            profiles.check(v, valid, what)
+    found: dict[str, RunSpec] = {}
+    for task, seed, method in itertools.product(tasks, seeds, methods):
+        losses = manifolds if method == "armada" else (control_manifold,)
+        for reading, manifold in itertools.product(readings, losses):
+            s = spec(profile, task, method, manifold=manifold, reading=reading, seed=seed, **common)
+            found.setdefault(s.key, s)
+    return list(found.values())
+
+
+def _need_gpu(p: Profile) -> None:
+    if p.gpu and not torch.cuda.is_available() and not os.environ.get("ARMADA_NO_GPU"):
+        raise RuntimeError(
+            f"profile {p.name!r} needs a CUDA GPU and none is visible; use profile 'mini' (minutes) or "
+            "'cpu' (hours, real data), or set ARMADA_NO_GPU=1 to try without"
+        )
+
+
+def device() -> torch.device:
+    """The first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@lru_cache(maxsize=32)
+def _examples(task: str, data: str, train: int | None, n: int | None, split: str, copa: str) -> Any:
+    return task_table.splits(task, data, train, n, split, copa)
+
+
+def examples(s: RunSpec) -> tuple[task_table.Examples, task_table.Examples]:
+    """(training, evaluation) examples of a run."""
+    t = s.training
+    return _examples(
+        s.task, profiles.load(s.profile).data, t.train_size, t.eval_size, t.split, t.copa
+    )

@@ -1,0 +1,115 @@
+"""Fine-tuning: the engine against `transformers.Trainer`, in turn in one process.
+
+A round is one short training of each side on the same texts, with everything built and tokenised
+before the clock starts. The clock runs over the whole call of the engine, but only over the loop
+of Trainer. Both students are trained on from round to round and scored at the end.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from armada_lib import profiles
+from benchmarks import data
+from benchmarks.common import BATCH, RECIPE, Split
+from benchmarks.ours import Ours, training
+from benchmarks.peer import Peer
+
+ROUNDS = {"cola": 5, "mrpc": 4}
+SIZE = {"cola": 24 * BATCH, "mrpc": 12 * BATCH}  # texts a round
+
+# name -> (task, our side, Trainer's side)
+PAIRS = {
+    "train_cola_vs_trainer_dynamic": ("cola", "fp32", "dynamic"),
+    "train_mrpc_vs_trainer_dynamic": ("mrpc", "fp32", "dynamic"),
+    "train_cola_vs_trainer_grouped": ("cola", "fp32", "grouped"),
+    "train_mrpc_vs_trainer_grouped": ("mrpc", "fp32", "grouped"),
+    "train_cola_default_vs_trainer_fp32": ("cola", "auto", "dynamic"),
+}
+# Trainer's sampling for each of its sides. "epoch": batches of similar length drawn over the whole
+# training set, as group_by_length makes them in a full epoch; a short set gives it less to sort.
+SAMPLING = {"dynamic": "random", "grouped": "group_by_length", "epoch": "sequential"}
+
+
+def rows(lengths: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Texts of one round: every k-th batch of a grouped epoch, so that lengths are as in the set."""
+    torch.manual_seed(seed)
+    order = np.array(get_length_grouped_indices(lengths.tolist(), BATCH))
+    batches = order[: len(order) // BATCH * BATCH].reshape(-1, BATCH)
+    picks = np.linspace(0, len(batches), size // BATCH, endpoint=False).astype(int)
+    return batches[np.random.default_rng(seed).permutation(picks)].reshape(-1)
+
+
+def measure(names: list[str], rounds: int | None, size: int | None) -> dict[str, tuple]:
+    """name -> (speed-up of each round, unit, note) of those of `PAIRS` that are asked for."""
+    found: dict[str, tuple] = {}
+    for task in ROUNDS:
+        mine = {n: PAIRS[n][1:] for n in names if PAIRS[n][0] == task}
+        if mine:
+            found |= _task(task, mine, rounds or ROUNDS[task], size or SIZE[task])
+    return found
+
+
+def _task(task: str, pairs: dict[str, Any], rounds: int, size: int) -> dict[str, tuple]:
+    corpus = data.load(task)
+    lengths = np.array([len(x) for x in corpus.train.tokens])
+    sides: dict[str, Ours | Peer] = {}
+    for own, other in pairs.values():
+        sides.setdefault(own, Ours(data.STUDENT, corpus.vocabulary, training(own)))
+        for side in (other, "epoch") if other == "grouped" else (other,):
+            checkpoint = profiles.resolve(data.STUDENT.checkpoint)
+            sides.setdefault(side, Peer(checkpoint, 0, RECIPE))
+    seconds: dict[str, list[float]] = {s: [] for s in sides}
+    cpu: dict[str, list[float]] = {s: [] for s in sides}
+    loss: dict[str, list[float]] = {s: [] for s in sides}
+    for r in range(-1, rounds):  # round -1 warms up and is not counted
+        subset = corpus.train.take(rows(lengths, BATCH * 4 if r < 0 else size, r + 1))
+        for s in list(sides)[:: 1 if r % 2 else -1]:
+            took = _round(sides[s], s, subset, r + 1)
+            if r >= 0:
+                for store, value in zip((seconds, cpu, loss), took, strict=True):
+                    store[s].append(value)
+        if r >= 0:
+            ms = {s: round(seconds[s][-1] / size * BATCH * 1e3) for s in sides}
+            print(f"{task} round {r + 1} of {rounds}, ms a step: {ms}", file=sys.stderr)
+    scores = {s: _score(side, corpus.held) for s, side in sides.items()}
+    found = {}
+    for name, (own, other) in pairs.items():
+        ratio = lambda t, o=own, p=other: [b / a for a, b in zip(t[o], t[p], strict=True)]
+        note = f"{corpus.source}, {size // BATCH} steps a round; CPU time {_middle(ratio(cpu)):.2f}"
+        if other == "grouped":
+            note += f"; against batches grouped over the whole set {_middle(ratio(seconds, p='epoch')):.2f}"
+            note += f" (CPU time {_middle(ratio(cpu, p='epoch')):.2f})"
+        note += "; ours / Trainer: " + ", ".join(
+            f"{what} {mine:.3f} / {theirs:.3f}" for what, mine, theirs in (
+                ("training loss", loss[own][-1], loss[other][-1]),
+                ("validation loss", scores[own][0], scores[other][0]),
+                ("accuracy", scores[own][1], scores[other][1]),
+            )
+        )  # fmt: skip
+        found[name] = ratio(seconds), "times faster", note
+    return found
+
+
+def _round(side: Ours | Peer, name: str, subset: Split, seed: int) -> tuple[float, ...]:
+    if isinstance(side, Ours):
+        return side.train(side.encode(subset), seed)
+    return side.train(subset.examples(), seed, SAMPLING[name])
+
+
+def _score(side: Ours | Peer, held: Split) -> tuple[float, float]:
+    """(loss, accuracy) on the validation texts."""
+    given = side.encode(held) if isinstance(side, Ours) else held.examples()
+    logits = torch.from_numpy(side.logits(given))  # type: ignore[arg-type]
+    labels = torch.from_numpy(held.labels)
+    return float(F.cross_entropy(logits, labels)), float((logits.argmax(-1) == labels).float().mean())
+
+
+def _middle(values: list[float]) -> float:
+    return float(np.median(values))
