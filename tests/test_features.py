@@ -386,11 +386,11 @@ def test_a_file_system_without_locks(store, monkeypatch):
 
 
 def test_wide_vectors_do_not_go_through_memory_at_once(tmp_path):
-    rows, width = 96, 262_144  # 48 MiB
+    rows, width = 224, 262_144  # 112 MiB
     child = spawn("wide", tmp_path, rows, width)
     filled, viewed, files, *shape = map(float, child.communicate()[0].split())
-    assert child.returncode == 0 and shape == [rows, width] and files >= 12
-    assert filled < 32 and viewed < 32, (filled, viewed)  # a shard is 4 MiB, 8 in float32
+    assert child.returncode == 0 and shape == [rows, width] and files >= 28
+    assert filled < 48 and viewed < 48, (filled, viewed)  # a shard is 4 MiB, 8 in float32
 
 
 def test_moments_of_a_mapped_matrix(store):
@@ -560,8 +560,9 @@ def test_a_reader_without_the_right_to_write():
         store.fill(TEXTS[:10], encode, 10, progress=False)
         first = shards(store)
         store.fill(TEXTS, encode, progress=False)
-        for s in first:
-            damage(s, "truncated data")
+        assert len(first) == 2
+        damage(first[0], "truncated data")
+        damage(first[1], "data")
         folders = (root, store.folder, store.shards, store.views)
         for d in folders:
             d.chmod(0o555)

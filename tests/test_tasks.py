@@ -285,7 +285,7 @@ def test_the_digest_is_the_contents(put):
         digest([rows[0] | {"label": 0}, *rows[1:]]),
         digest([*rows[:2], rows[2] | {"sentence2": "Two sat"}]),
         # the border between the texts belongs to the contents
-        digest([*rows[:2], rows[2] | {"sentence1": "One", "sentence2": "ran. Two sat."}]),
+        digest([*rows[:2], rows[2] | {"sentence1": "One ran.T", "sentence2": "wo sat."}]),
         digest([*rows[:2], rows[2] | {"sentence1": "Two sat.", "sentence2": "One ran."}]),
     ]
     assert len({first, *other}) == 6
