@@ -83,7 +83,7 @@ check: $(READY)  ## style, types, layers, stripped notebooks
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify --keep-id --extra-keys "$(STRIP)" $(NOTEBOOKS),@echo "no notebooks yet")
 
 bench: $(READY)  ## run the benchmarks beside their peers and write bench.json (ONLY=name for one)
-	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python -m benchmarks.bench $(if $(ONLY),--only $(ONLY))
 
 clean:  ## remove the built book and the tools' caches, keep .venv and stored runs
 	rm -rf _build out*.ipynb .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -240,8 +240,10 @@ def _order(spec: dict[str, Any]) -> tuple[str, ...]:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The records of an exported file; each spec is validated and matched with its key's recipe."""
+    """The records of an exported file. Raises ValueError for a line whose key is not its spec's."""
     records = [json.loads(s) for s in Path(path).read_text(encoding="utf-8").splitlines() if s]
-    for r in records:
+    for n, r in enumerate(records):
         r["spec"] = RunSpec(**r["spec"])
+        if r["spec"].key != r["key"]:
+            raise ValueError(f"{path}, line {n + 1}: the key does not belong to this specification")
     return records

@@ -115,10 +115,14 @@ def save(
         kept = {k: getattr(run, k) for k in KEPT}
         kept["rates"] = {n: o.rate.last_epoch for n, o in opts.items()}
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary, metadata={"run": json.dumps(kept)})
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
+        try:
+            save_file(tensors, temporary, metadata={"run": json.dumps(kept)})
+            with temporary.open("rb") as f:
+                os.fsync(f.fileno())
+            temporary.replace(path)
+        except Exception as e:  # safetensors has its own error for a full disk
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"the state of this run could not be written to {path}: {e}") from e
     acc.wait_for_everyone()
 
 

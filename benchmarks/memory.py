@@ -44,7 +44,7 @@ def measure(names: list[str], rounds: int | None, size: int | None) -> dict[str,
     note = f"{corpus.source}, fp32, batch {common.BATCH}, Trainer with dynamic padding; ours "
     note += f"{middle['ours']:.0f} MiB, Trainer {middle['trainer']:.0f} MiB"
     ratio = [a / b for a, b in zip(peaks["ours"], peaks["trainer"], strict=True)]
-    return {n: (ratio, "peak RSS ratio", note) for n in names}
+    return dict.fromkeys(names, (ratio, "peak RSS ratio", note))
 
 
 def train(side: str, checkpoint: str, file: str) -> None:

@@ -119,7 +119,7 @@ def _train(sides: list[Ours], subset: Split, vectors: torch.Tensor) -> Turns:
         try:
             wait = lambda: turns.next(me)
             sides[me].train(sides[me].encode(subset, InTurn, wait=wait, **more), seed=0)
-        except BaseException as e:
+        except Exception as e:  # noqa: BLE001  (raised again below, in the main thread)
             failed.append(e)
         finally:
             turns.leave(me)

@@ -40,7 +40,7 @@ def measure(names: list[str], rounds: int | None, size: int | None) -> dict[str,
     middle = {name: float(np.median(v)) for name, v in speed.items()}
     note = f"{n:,} x {WIDTH} float16, shuffled batches of {BATCH}, files in memory; "
     note += "safetensors {safetensors:,.0f}, datasets {datasets:,.0f}".format(**middle)
-    return {name: (speed["store"], "vectors/s", note) for name in names}
+    return dict.fromkeys(names, (speed["store"], "vectors/s", note))
 
 
 def _readers(folder: Path, n: int) -> dict[str, Callable[[np.ndarray], torch.Tensor]]:

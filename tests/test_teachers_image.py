@@ -250,6 +250,16 @@ def test_painter_alone_is_painter_in_a_batch(painter):
     assert max(cosine(together[i], together[j]) for i in range(4) for j in range(i)) < 0.95
 
 
+def test_painter_reads_words_as_if_there_were_no_padding(painter):
+    pipe = painter.pipeline
+    ids = pipe.tokenizer(TEXTS[:1], return_tensors="pt").input_ids
+    with torch.inference_mode():
+        words = pipe.text_encoder(ids).last_hidden_state[0]
+        padded = painter._states(TEXTS[:1])[0]
+    assert len(padded) == 24 > len(words)
+    torch.testing.assert_close(padded[: len(words)], words, atol=1e-4, rtol=1e-4)
+
+
 def test_painter_paints_what_the_text_says(painter):
     """Colour is the least it must know: the words decide, although each text has its own noise."""
     colours = {"red": 0, "green": 1, "blue": 2}

@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from armada_lib import profiles, teachers
@@ -32,7 +33,7 @@ SENTENCES = (
 )  # fmt: skip
 
 
-def retrieval(vectors: np.ndarray, candidates: np.ndarray, mean: np.ndarray) -> dict[str, float]:
+def retrieval(vectors: np.ndarray, candidates: np.ndarray, mean: np.ndarray) -> dict:
     """Rank of each row's own candidate among all; both (n, width), row i belongs to candidate i."""
     a, b = (unit(x.astype(np.float64) - mean) for x in (vectors, candidates))
     cosine = a @ b.T
@@ -48,6 +49,20 @@ def retrieval(vectors: np.ndarray, candidates: np.ndarray, mean: np.ndarray) -> 
         "cosine_own": float(own.mean()),
         "cosine_other": float(other),
         "n": n,
+        "ranks": (rank + 1).tolist(),
+    }
+
+
+def paired(a: dict, b: dict) -> dict[str, list[float]]:
+    """Difference a - b over the same captions, with its standard error."""
+    x, y = np.array(a["ranks"]), np.array(b["ranks"])
+    differences = {
+        "top1": (x <= 1) * 1.0 - (y <= 1),
+        "top5": (x <= 5) * 1.0 - (y <= 5),
+        "mean_rank": (x - y) * 1.0,
+    }
+    return {
+        k: [float(d.mean()), float(d.std(ddof=1) / len(d) ** 0.5)] for k, d in differences.items()
     }
 
 
@@ -105,17 +120,16 @@ def evaluate(out: Path, asset: Path, seed: int) -> dict:
     }
     mean = latents[groups["training"]].mean(0)
     spec = profiles.load("mini").teacher("sd14")
-    spec = spec.model_copy(update={"checkpoint": str(asset), "guidance_rescale": 0.0})
+    spec = spec.model_copy(update={"checkpoint": str(asset)})
 
-    # guidance_rescale is chosen on training captions only; the held-out ones are looked at once.
+    # What guidance_rescale would change, on training captions only; the profile's own value is used.
     decision = pick(captions, groups["training"], DECISION, f"{seed}:decision")
     choice = {}
     for rescale in RESCALES:
         one = teachers.load(spec.model_copy(update={"guidance_rescale": rescale}))
         vectors = one.encode([text for _, text in decision])
         choice[rescale] = retrieval(vectors, latents[[i for i, _ in decision]], mean)
-    chosen = max(RESCALES, key=lambda r: (choice[r]["top1"] + choice[r]["top5"], -r))
-    teacher = teachers.load(spec.model_copy(update={"guidance_rescale": chosen}))
+    teacher = teachers.load(spec)
 
     results, samples = {}, {}
     for name, indices in groups.items():
@@ -145,13 +159,16 @@ def evaluate(out: Path, asset: Path, seed: int) -> dict:
 
     result = {
         "retrieval": results,
+        "held_out_minus_text_nearest": paired(
+            results["held_out"], results["held_out_text_nearest"]
+        ),
         "candidates": CANDIDATES,
         "chance": {
             "top1": 1 / CANDIDATES,
             "top5": 5 / CANDIDATES,
             "mean_rank": (CANDIDATES + 1) / 2,
         },
-        "guidance_rescale": chosen,
+        "guidance_rescale": spec.guidance_rescale,
         "guidance_rescale_choice_on_training_captions": choice,
         "settings": {
             "steps": spec.steps,
@@ -164,7 +181,7 @@ def evaluate(out: Path, asset: Path, seed: int) -> dict:
         "vae_psnr_held_out": psnr(teacher, pictures, entries),
         "pictures": {k: len(v) for k, v in groups.items()},
         "captions": sum(len(captions[str(i)]) for i in groups["training"]),
-        "training": last_lines(out),
+        "training": training_record(out),
         "bytes": {
             str(p.relative_to(asset)): p.stat().st_size
             for p in sorted(asset.rglob("*.safetensors"))
@@ -198,10 +215,14 @@ def table(result: dict) -> str:
     for key, label in ROWS.items():
         r = result["retrieval"][key]
         shares = " | ".join(f"{r[k]:.2f} ± {r[k + '_se']:.2f}" for k in ("top1", "top5"))
-        cosines = f"{r['cosine_own']:.2f} / {r['cosine_other']:.2f}"
+        cosines = " / ".join(f"{round(r[f'cosine_{k}'], 2) + 0:.2f}" for k in ("own", "other"))
         lines.append(f"| {label} | {shares} | {r['mean_rank']:.1f} | {cosines} |")
     lines.append(
         f"| chance | {chance['top1']:.2f} | {chance['top5']:.2f} | {chance['mean_rank']:.1f} | |"
+    )
+    gain = ", ".join(
+        f"{k.replace('_', ' ')} {d:+.2f} ± {se:.2f}"
+        for k, (d, se) in result["held_out_minus_text_nearest"].items()
     )
     held, used = result["retrieval"]["held_out"], result["settings"]
     nearest = [held[f"nearest_training_cosine_{k}"] for k in ("painted", "true")]
@@ -213,6 +234,7 @@ def table(result: dict) -> str:
         "settings": f"{used['steps']} steps, guidance {used['guidance']}, "
         f"guidance_rescale {result['guidance_rescale']}, {used['precision']}",
         f"guidance_rescale, top-1 / top-5 on {DECISION} other training captions": choice,
+        "held out, painted minus nearest text (paired)": gain,
         "pictures with captions": f"{result['pictures']['training']} trained, "
         f"{result['pictures']['held_out']} held out; {result['captions']} training captions",
         "training": "; ".join(
@@ -257,15 +279,15 @@ def read_losses(out: Path) -> dict[str, list[dict]]:
     return {stage: [x for x in lines if x["stage"] == stage] for stage in ("vae", "unet")}
 
 
-def last_lines(out: Path) -> dict[str, dict]:
-    return {
-        stage: {
-            "steps": lines[-1]["step"],
-            "minutes": lines[-1]["minutes"],
-            "loss_of_last_500_steps": float(np.mean([x["loss"] for x in lines[-10:]])),
-        }
-        for stage, lines in read_losses(out).items()
-    }
+def training_record(out: Path) -> dict[str, dict]:
+    """Steps and minutes of both trainings from their checkpoints, and the last logged losses."""
+    found = {}
+    for stage, lines in read_losses(out).items():
+        with safe_open(out / f"{stage}.checkpoint.safetensors", "pt") as saved:
+            steps, seconds = saved.get_tensor("step").item(), saved.get_tensor("elapsed").item()
+        last = float(np.mean([x["loss"] for x in lines[-10:]]))
+        found[stage] = {"steps": steps, "minutes": seconds / 60, "loss_of_last_500_steps": last}
+    return found
 
 
 def draw_losses(out: Path, path: Path) -> None:
@@ -308,4 +330,4 @@ def draw_samples(teacher, pictures: np.ndarray, samples: dict, path: Path) -> No
     )
     figure.savefig(path, dpi=100)
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
