@@ -113,7 +113,7 @@ def test_projections_end_orthogonal_and_drift_is_reported(checkpoints):
 def test_a_fixed_projection_stays_and_a_free_one_drifts(checkpoints):
     start = experiment(checkpoints["bert"], training={"projection": "fixed", "epochs": 1})[0]
     end = experiment(checkpoints["bert"], training={"projection": "fixed", "epochs": 3})[0]
-    w = lambda s: s.branch["projection"].weight  # noqa: E731
+    w = lambda s: s.branch["projection"].weight
     assert torch.equal(w(start), w(end))
     assert drift(w(experiment(checkpoints["bert"], training={"projection": "free"})[0])) > 1e-3
 
@@ -170,7 +170,7 @@ def test_a_killed_run_ends_as_an_unkilled_one(
     state = tmp_path / "state.safetensors"
     scores = iter([3.0, 2.0, 1.0] * 3)
     kw = {"reading": reading, "training": {"epochs": 3, "select": select}}
-    go = lambda **run: experiment(checkpoints["bert"], run=run, **kw)  # noqa: E731
+    go = lambda **run: experiment(checkpoints["bert"], run=run, **kw)
     whole, m0, t0 = go(evaluate=lambda: next(scores))
 
     done = {"steps": 0}

@@ -1,0 +1,139 @@
+"""From runs to tables: pairing by seed, the paper's numbers beside the right rows, fair verdicts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from armada_lib import chapter, report, stats
+
+
+def frame(rows):
+    """rows: (task, method, manifold, seed, score)"""
+    titles = {"cola": "CoLA", "rte": "RTE", "copa": "COPA"}
+    return pd.DataFrame([
+        {"profile": "mini", "task": t, "title": titles[t], "student": "bert-6l", "teacher": "sd14", "method": m,
+         "manifold": loss, "reading": None if m == "undistilled" else "paper", "alpha": 0.5, "beta": 0.1,
+         "gamma": 1.0, "usual_beta": True, "split": "validation", "seed": s, "metric": "accuracy",
+         "head": "student", "score": float(score), "collapsed": score == 0, "majority_share": 0.5,
+         "evaluation": 10, "seconds": 1.0, "key": "k"}
+        for t, m, loss, s, score in rows
+    ])  # fmt: skip
+
+
+def study(
+    gain, control=0.0, seeds=(0, 1, 2), noise=0.3, losses=("cosine", "euclid", "elementwise")
+):
+    rng = np.random.default_rng(0)
+    rows = []
+    for task in ("cola", "rte"):
+        for s in seeds:
+            base = 50 + 3 * rng.standard_normal()
+            rows.append((task, "undistilled", None, s, base))
+            rows += [
+                (task, "armada", m, s, base + gain + noise * rng.standard_normal()) for m in losses
+            ]
+            rows.append(
+                (task, "shuffled", "euclid", s, base + control + noise * rng.standard_normal())
+            )
+    return frame(rows)
+
+
+LOSSES = ["ARMADA cosine", "ARMADA Euclid", "ARMADA element-wise"]
+
+
+@pytest.mark.parametrize(
+    "df, outcome",
+    [
+        (study(3.0), "reproduced"),
+        (study(3.0, control=3.0), "not reproduced"),
+        (study(-1.0), "not reproduced"),
+        (study(0.6, noise=1.2, seeds=range(3)), "direction agrees"),
+        (study(3.0, seeds=(0, 1)), "undecided"),
+        (study(3.0).query("method != 'shuffled'"), "undecided"),
+    ],
+)
+def test_the_verdict_follows_its_criterion(df, outcome):
+    got, text = report.judge(df, LOSSES)
+    assert got == outcome, text
+
+
+def test_differences_are_paired_by_seed_and_use_shared_seeds_only():
+    rows = [("cola", "undistilled", None, s, v) for s, v in ((0, 10), (1, 20), (2, 30))]
+    rows += [("cola", "armada", "euclid", s, v) for s, v in ((2, 33), (0, 11), (1, 22), (7, 99))]
+    d = report.differences(frame(rows), "ARMADA Euclid").iloc[0]
+    want = stats.paired_t([11, 22, 33], [10, 20, 30])
+    assert (d["n"], d["mean"]) == (3, pytest.approx(2.0))
+    assert (d["low"], d["high"], d["p"]) == pytest.approx((want.low, want.high, want.p))
+
+
+def test_one_seed_has_a_mean_and_no_interval():
+    df = frame([("cola", "undistilled", None, 0, 10), ("cola", "armada", "euclid", 0, 12)])
+    assert math.isnan(report.differences(df, "ARMADA Euclid").iloc[0]["low"])
+    assert report.gain_grid(df).iloc[0].to_dict() == {
+        "student trained as": "ARMADA Euclid", "CoLA": "+2.0", "mean over tasks": "+2.0",
+    }  # fmt: skip
+
+
+def test_the_average_uses_the_same_tasks_for_every_seed():
+    rows = [("cola", "undistilled", None, s, 0) for s in (0, 1)] + [
+        ("rte", "undistilled", None, 0, 0)
+    ]
+    rows += [("cola", "armada", "euclid", s, 2 + s) for s in (0, 1)] + [
+        ("rte", "armada", "euclid", 0, 100)
+    ]
+    a = report.average(frame(rows), "ARMADA Euclid")
+    assert (a["mean"], a["n"], a["tasks"]) == (2.5, 2, 1)
+
+
+def test_published_numbers_stand_beside_the_right_rows():
+    rows = [
+        ("cola", "undistilled", None, 0, 10),
+        ("cola", "armada", "euclid", 0, 12),
+        ("cola", "shuffled", "euclid", 0, 9),
+    ]
+    out = report.scores(frame(rows), chapter.published(2)).set_index("student trained as")
+    printed = chapter.published(2).query("student == 'BERT-6L' and task == 'CoLA'")
+    base = printed.query("method == 'undistilled'").iloc[0]
+    euclid = printed.query("manifold_loss == 'euclid'").iloc[0]
+    assert out.loc["undistilled", "published"] == base["printed"]
+    assert out.loc["ARMADA Euclid", "published"] == euclid["printed"]
+    assert out.loc["ARMADA Euclid", "published gain"] == f"{euclid['value'] - base['value']:+.1f}"
+    assert out.loc["shuffled teacher", "published"] == "–"
+    assert out.loc["ARMADA Euclid", "measured gain"] == "+2.0"
+
+
+def test_a_collapsed_run_is_flagged_and_counted_not_dropped():
+    rows = [("cola", "undistilled", None, s, 10) for s in (0, 1)] + [
+        ("cola", "armada", "euclid", s, v) for s, v in ((0, 0), (1, 12))
+    ]
+    out = report.scores(frame(rows)).set_index("student trained as")
+    assert (
+        out.loc["ARMADA Euclid", "collapsed"] == "1 of 2" and out.loc["ARMADA Euclid", "seeds"] == 2
+    )
+    assert out.loc["ARMADA Euclid", "measured"].startswith("6.0")
+
+
+def test_centred_correlation_removes_the_level_of_the_tasks():
+    rows = []
+    for task, level in (("cola", 10), ("rte", 50), ("copa", 90)):
+        for i, loss in enumerate(("cosine", "euclid", "elementwise")):
+            for head, value in (("student", level + i), ("student_aux", level - i)):
+                rows.append(frame([(task, "armada", loss, 0, value)]).assign(head=head))
+    r = report.head_correlation(pd.concat(rows), "student", "student_aux")
+    assert r["pairs"] == 9 and r["plain"] == pytest.approx(0.8)
+    assert r["centred"] == pytest.approx(-1)
+
+
+def test_heads_of_one_task_are_means_over_losses():
+    df = pd.concat(
+        [
+            frame([("cola", "armada", m, 0, v)]).assign(head="aligner")
+            for m, v in (("euclid", 4), ("cosine", 8))
+        ]
+    )
+    row = report.heads(df, chapter.published(6), chapter.published(10), "sd14").iloc[0]
+    assert row["measured aligner"] == 6 and row["published aligner"] == "7.8"
