@@ -23,6 +23,7 @@ ACTIVATION = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
 FORM: dict[str, dict[str, Any]] = {
     "bottleneck": {"hidden": 768, "dropout": 0.0, "activation": "tanh"},
     "direct": {"hidden": 768, "dropout": 0.0, "activation": "tanh"},
+    "projected": {"hidden": 768, "dropout": 0.0, "activation": "tanh"},
     "released": {"hidden": 512, "dropout": 0.1, "activation": "relu"},
 }
 BOTTLENECK = 128
@@ -71,11 +72,13 @@ class AlignerOutput(NamedTuple):
 
 
 class TSAligner(nn.Module):
-    """Teacher vectors (b, width) -> `AlignerOutput`. Three readings of the paper [A1]:
+    """Teacher vectors (b, width) -> `AlignerOutput`. Four readings of the paper [A1]:
 
     * "bottleneck" (default): Linear(m, 128), act, Linear(128, hidden), act; the learned projection
       is `shared` x `hidden`. For m = 1024: 819,200 weights, the "0.8M" of the paper.
     * "direct": Linear(m, hidden), act; the projection is fixed (a buffer): 786,432 weights.
+    * "projected": a fixed random map m -> 128, the width of Table 1, then Linear(128, hidden), act:
+      688,128 trained weights.
     * "released": Linear(m, 512), ReLU, dropout, twice; weights N(0, 0.02), biases 0; the learned
       projection is m x m and maps the *raw* vector, so the shared width is m.
 
@@ -131,7 +134,12 @@ class TSAligner(nn.Module):
         self.width, self.outputs, self.form = width, outputs, form
         self.hidden, self.shared = hidden, shared
 
-        sizes = {"bottleneck": [BOTTLENECK, hidden], "direct": [hidden], "released": [hidden] * 2}
+        sizes = {
+            "bottleneck": [BOTTLENECK, hidden],
+            "direct": [hidden],
+            "projected": [hidden],
+            "released": [hidden] * 2,
+        }
         source = width if released else hidden
         # On the CPU whatever the default device, and seeding only the CPU generator:
         # torch.manual_seed would also reseed every GPU, which the fork does not restore.
@@ -139,6 +147,10 @@ class TSAligner(nn.Module):
             torch.default_generator.manual_seed(seed)
             layers: list[nn.Module] = []
             before = width
+            if form == "projected":
+                before = BOTTLENECK
+                # unit variance in, unit variance out
+                self.register_buffer("reduce", torch.randn(BOTTLENECK, width) / width**0.5)
             for size in sizes[form]:
                 layers += [nn.Linear(before, size), ACTIVATION[activation]()]
                 if dropout:
@@ -165,7 +177,7 @@ class TSAligner(nn.Module):
         if h_t.ndim != 2 or h_t.shape[1] != self.width:
             raise ValueError(f"expected vectors (b, {self.width}), got {tuple(h_t.shape)}")
         h_t = h_t.to(self.projection.dtype)  # stored as float16
-        hidden = self.map(h_t)
+        hidden = self.map(F.linear(h_t, self.reduce) if self.form == "projected" else h_t)
         source = h_t if self.form == "released" else hidden
         projection = F.linear(source, self.projection, self.projection_bias)
         return AlignerOutput(

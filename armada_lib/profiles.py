@@ -95,7 +95,12 @@ class Training(Strict):
     dropout: float | None = Field(None, ge=0, lt=1)
     copa: Literal["choice", "pair"] = "choice"
     retract_every: int = Field(10, gt=0)
-    aligner: Literal["bottleneck", "direct", "released"] | None = None
+    aligner: Literal["bottleneck", "direct", "projected", "released"] | None = None
+    soft: Literal["norm", "squared", "frobenius", "kl", "mse"] | None = (
+        None  # A6; None: the reading's
+    )
+    distance: Literal["plain", "squared", "literal"] | None = None  # of the manifold losses (A8)
+    manifold_to: Literal["student", "both"] = "student"  # A11
     aligner_pretrain: int = Field(0, ge=0)
     projection: Literal["orthogonal", "fixed", "free"] | None = None
     detach: bool = True

@@ -56,7 +56,11 @@ class RunSpec(Strict):
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:20]
+        """A hash of what differs from the defaults: a setting added later leaves old keys valid."""
+        given = self.model_dump(mode="json", exclude_defaults=True)
+        given |= {"training": self.training.model_dump(mode="json", exclude_defaults=True)}
+        given |= {"recipe": self.recipe}
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:20]
 
     @property
     def label(self) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import common
 
-ROUNDS, SIZE = 3, 12 * common.BATCH
+ROUNDS, SIZE = 2, 12 * common.BATCH
 
 
 def measure(names: list[str], rounds: int | None, size: int | None) -> dict[str, tuple]:

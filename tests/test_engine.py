@@ -38,6 +38,35 @@ def test_beta_zero_makes_the_three_manifold_losses_one_run(checkpoints):
     assert not same(runs[0], weights(experiment(checkpoints["bert"], manifold="cosine")[0]))
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [{"soft": "squared"}, {"soft": "frobenius"}, {"soft": "kl"}, {"soft": "mse"}, {"distance": "squared"},
+     {"distance": "literal"}, {"manifold_to": "both"}, {"aligner": "direct"}, {"aligner": "projected"},
+     {"projection": "fixed"}, {"projection": "free"}, {"aligner_pretrain": 1}],
+    ids=str,
+)  # fmt: skip
+def test_every_option_of_the_register_trains_and_changes_the_run(checkpoints, choice):
+    manifold = "cosine" if choice == {"distance": "literal"} else "euclid"
+    usual = experiment(checkpoints["bert"], manifold=manifold, training={"epochs": 1})
+    other = experiment(checkpoints["bert"], manifold=manifold, training={"epochs": 1, **choice})
+    assert np.isfinite(other[2].curves["total"]).all()
+    a, b = (
+        {**weights(x[0]), **{f"a/{k}": v for k, v in weights(x[1].aligner).items()}}
+        for x in (usual, other)
+    )
+    assert not same(a, b)
+
+
+def test_the_manifold_loss_may_train_the_aligner_too(checkpoints):
+    _, _, t = experiment(checkpoints["bert"], training={"manifold_to": "both"})
+    np.testing.assert_allclose(t.curves["aligner_manifold"], t.curves["manifold"], rtol=1e-5)
+
+
+def test_kl_refuses_a_regression_task(checkpoints):
+    with pytest.raises(ValueError, match="'kl' needs classes"):
+        experiment(checkpoints["bert"], kind="regression", training={"soft": "kl"})
+
+
 @pytest.mark.parametrize("reading", ["paper", "released"])
 def test_with_detach_the_aligner_does_not_depend_on_the_student(checkpoints, reading):
     runs = [experiment(checkpoints["bert"], student_seed=s, reading=reading, training={"dropout": 0.0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -174,6 +175,8 @@ def test_papermill_lines_name_files_and_parameters_that_exist():
 def papermill(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [SCRIPTS / "papermill", "--no-progress-bar", *arguments],
+        # the reader's own store: what building the book has computed is not computed again
+        env=os.environ | {"ARMADA_STORE": str(ROOT / ".armada")},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -10,7 +10,9 @@ from armada_lib.profiles import Unknown
 
 def given(**changed):
     base = dict.fromkeys(plans.NLU_PARAMETERS)
-    base |= dict.fromkeys(("profile", "student", "tasks", "methods", "manifold", "reading", "seeds"), "auto")
+    base |= dict.fromkeys(
+        ("profile", "student", "tasks", "methods", "manifold", "reading", "seeds"), "auto"
+    )
     return base | {"teacher": "sd14", "profile": "mini", "keep": ""} | changed
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 from safetensors import safe_open
 
 from armada_lib import profiles, results
@@ -85,6 +85,7 @@ def test_any_other_training_setting_is_another_key(field):
         "warmup": 0.2, "schedule": "constant", "train_size": 100, "eval_size": 100, "split": "holdout",
         "select": "best", "precision": "bf16", "dropout": 0.5, "copa": "pair", "aligner": "direct",
         "projection": "free", "detach": False, "compile": True,
+        "soft": "kl", "distance": "squared", "manifold_to": "both",
     }  # fmt: skip
     old = getattr(Training(), field)
     new = other[field] if field in other else old + 1
@@ -352,3 +353,13 @@ def test_nothing_stored_can_run_code(store):
     json.loads((home / "result.json").read_text())
     with safe_open(home / "arrays.safetensors", "np") as f:
         assert "labels" in f.keys()  # noqa: SIM118
+
+
+def test_a_setting_added_later_leaves_old_keys_valid():
+    """Keys hash what differs from the defaults, so a new field at its default changes none."""
+    before = run_spec(training=Training(epochs=3)).key
+    newer = create_model("Training", __base__=Training, added=(int, 1))
+    wider = create_model("RunSpec", __base__=RunSpec, training=(newer, ...), other=(str, "x"))
+    fields = run_spec(training=Training(epochs=3)).model_dump()
+    assert wider(**fields).key == before
+    assert wider(**fields | {"other": "y"}).key != before

@@ -79,15 +79,27 @@ class Armada(Method):
         student.add_branch(
             shared, setting.seed + 1_000_003, self.reading.init, self.projection == "fixed"
         )
-        self.soft = losses.choose(losses.SOFT, self.reading.soft, "soft loss")
-        self.manifold = losses.choose(
-            losses.MANIFOLD, self.reading.manifold[setting.manifold], "manifold loss"
-        )
+        soft = setting.training.soft or self.reading.soft
+        self.soft = losses.choose(losses.SOFT, soft, "soft loss")
+        if soft == "kl" and setting.kind == "regression":
+            raise ValueError(
+                "soft loss 'kl' needs classes; for a regression task choose norm or mse"
+            )
+        self.manifold = losses.choose(losses.MANIFOLD, self._distance(), "manifold loss")
         if setting.kind == "regression":
             student.centre(setting.label_mean)
             if self.aligner is not None:
                 for head in (self.aligner.output_head, self.aligner.aux_head):
                     nn.init.constant_(head.bias, setting.label_mean)
+
+    def _distance(self) -> str:
+        """The manifold loss to use: the reading's form of it, or the one the settings ask for."""
+        name, form = self.setting.manifold, self.setting.training.distance
+        if form is None:
+            return self.reading.manifold[name]
+        if name == "cosine":
+            return "cosine_literal" if form == "literal" else "cosine"
+        return f"{name}_squared" if form == "squared" else name
 
     def schedule(self, epochs: int) -> list[Phase]:
         before: list[Phase] = ["aligner"] * self.setting.training.aligner_pretrain
@@ -111,6 +123,10 @@ class Armada(Method):
                 terms["aligner_task"] = self.task(t.logits, batch.labels)
                 if s.gamma:
                     terms["aligner_aux"] = s.gamma * self.task(t.aux_logits, batch.labels)
+            if learns and out is not None and s.beta and s.training.manifold_to == "both":
+                assert out.projection is not None
+                pull = self.manifold(out.projection.detach(), t.projection, centroid)
+                terms["aligner_manifold"] = s.beta * pull
             if s.training.detach:
                 t = AlignerOutput(*(x.detach() for x in t))
         if phase == "aligner":
