@@ -94,6 +94,9 @@ class TSAligner(nn.Module):
     than m or m above 8192 for "released".
     """
 
+    projection: Tensor
+    reduce: Tensor
+
     def __init__(
         self,
         width: int,

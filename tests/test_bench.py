@@ -1,0 +1,144 @@
+"""The benchmark command, and that both sides of a training benchmark do the same training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS
+
+from armada_lib.batching import epoch
+from benchmarks import bench, overhead
+from benchmarks.common import Split, read
+from benchmarks.data import SHARES, _stretch
+from benchmarks.ours import Ours, training
+from benchmarks.peer import Peer
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = np.arange(2, len(WORDS) + 5)  # all but two special tokens of the tiny vocabulary
+
+
+def command(*arguments):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    whole = [sys.executable, "-m", "benchmarks.bench", *map(str, arguments)]
+    return subprocess.run(whole, cwd=ROOT, env=env, text=True, capture_output=True, check=False)
+
+
+def test_one_small_benchmark_writes_a_valid_file(tmp_path):
+    out = tmp_path / "bench.json"
+    name = "store_vectors_per_second"
+    done = command("--only", name, "--rounds", 1, "--size", 2000, "--out", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert list(found) == [name]
+    entry = found[name]
+    assert set(entry) == {"median", "min", "max", "runs", "unit", "note"}
+    assert entry["runs"] == 1 and entry["unit"] == "vectors/s" and "2,000" in entry["note"]
+    assert 0 < entry["min"] == entry["median"] == entry["max"]
+    assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "trian_cola"], list(bench.BENCHMARKS)),
+        (["--rounds", "0"], ["--rounds must be at least 1"]),
+        (["--size", "-3"], ["--size must be at least 1"]),
+        (["--out", "no/such/folder/bench.json"], ["is not a folder"]),
+    ],
+)
+def test_bad_input_is_one_message_before_any_work(arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "prepare", lambda: pytest.fail("work began"))
+    with pytest.raises(SystemExit) as e:
+        bench.main(arguments)
+    assert e.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert all(s in message for s in said)
+
+
+def corpus(student, n=40) -> Split:
+    """Random texts of the tiny checkpoint's vocabulary, of very different lengths."""
+    rng = np.random.default_rng(3)
+    first, last = student.tokenizer.cls_token_id, student.tokenizer.sep_token_id
+    size = student.model.config.vocab_size
+    tokens = [
+        np.r_[first, rng.integers(5, size, k), last].astype(np.int32)
+        for k in rng.integers(1, 20, n)
+    ]
+    labels = np.array([int((t == 8).any()) for t in tokens], dtype=np.int64)
+    return Split(tokens, [np.zeros_like(t) for t in tokens], labels)
+
+
+def test_engine_and_trainer_do_the_same_training(checkpoints):
+    """Same batches, no dropout: same losses and the same predictions afterwards."""
+    spec = checkpoints["bert"]
+    recipe = {"batch_size": 8, "student_lr": 1e-3, "clip": 0.5, "weight_decay": 0.0}
+    ours = Ours(spec, KEPT, training("fp32", dropout=0.0, **recipe))
+    silent = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    peer = Peer(spec.checkpoint, 0, recipe, **silent)
+    split = corpus(ours.student)
+    data = ours.encode(split)
+    before = peer.logits(split.examples())
+    np.testing.assert_allclose(ours.logits(data), before, atol=1e-5)
+    order = np.concatenate(list(epoch(data, 8, 0, 0, packed=True)))
+    loss = peer.train(split.take(order).examples(), 0, "sequential")[2]
+    assert ours.train(data, 0)[2] == pytest.approx(loss, abs=1e-5)
+    after = peer.logits(split.examples())
+    assert np.abs(after - before).max() > 0.1
+    np.testing.assert_allclose(ours.logits(data), after, atol=1e-3)
+
+
+def test_turns_are_taken_one_by_one():
+    turns, seen = overhead.Turns(3), []
+
+    def work(me, steps):
+        for _ in range(steps):
+            turns.next(me)
+            seen.append(me)
+        turns.leave(me)
+
+    threads = [threading.Thread(target=work, args=(i, n)) for i, n in enumerate((3, 1, 2))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(timeout=10)
+    assert not any(t.is_alive() for t in threads)
+    assert seen == [0, 1, 2, 0, 2, 0]
+    assert [len(t) for t in turns.times] == [2, 0, 1]
+
+
+def test_training_in_turn_is_the_training_alone(checkpoints):
+    def side():
+        return Ours(checkpoints["bert"], KEPT, training("fp32", batch_size=8))
+
+    sides = [side(), side()]
+    split = corpus(sides[0].student)
+    overhead._train(sides, split, torch.zeros(1))
+    alone = side()
+    alone.train(alone.encode(split), 0)
+    for together in sides:
+        data = together.encode(split)
+        np.testing.assert_array_equal(together.logits(data), alone.logits(data))
+
+
+def test_stretched_texts_have_the_lengths_asked_for(checkpoints, tmp_path):
+    student = Ours(checkpoints["bert"], KEPT, training("fp32")).student
+    short = corpus(student)
+    lengths = tuple(range(6, 6 + 3 * len(SHARES), 3))
+    made = _stretch(short, np.random.default_rng(0), 2000, lengths)
+    got = np.array([len(t) for t in made.tokens])
+    np.testing.assert_allclose(np.quantile(got, SHARES), lengths, atol=2)
+    assert all(len(a) == len(b) for a, b in zip(made.tokens, made.types, strict=True))
+    assert {t[0] for t in made.tokens} == {student.tokenizer.cls_token_id}
+    assert {t[-1] for t in made.tokens} == {student.tokenizer.sep_token_id}
+    made.save(tmp_path / "x.npz", np.arange(3))
+    again, vocabulary = read(tmp_path / "x.npz")
+    assert vocabulary.tolist() == [0, 1, 2] and again.labels.tolist() == made.labels.tolist()
+    assert all(map(np.array_equal, again.tokens, made.tokens))
