@@ -100,7 +100,7 @@ def gains(
 
     `df` has one row per task, method and seed, with the score in column `value`. Methods are
     filled and coloured; `controls` are hollow, grey, of other shapes, and drawn below them. With
-    one seed there is a mean and no interval. Tasks and methods keep the order of the table.
+    fewer than three seeds there is a mean and no interval. Tasks and methods keep the order of the table.
     ValueError for missing columns, baselines or controls.
     """
     table = paired_gains(df, value, baseline)
@@ -132,8 +132,9 @@ def gains(
                 continue
             y = k + 0.8 * ((j + 0.5) / rows - 0.5)
             s = summary(x, level)
-            if s.n > 1:
+            if s.n > 2:  # with two seeds the t interval spans the page and says nothing
                 ax.plot([s.low, s.high], [y, y], color=colour, linewidth=1.6)
+            if s.n > 1:
                 below = y + 0.22 / rows  # where the interval does not hide them
                 ax.plot(x, [below] * s.n, **look, markersize=4, alpha=0.6, markeredgewidth=0)
             ax.plot(s.mean, y, **look, markersize=7, markerfacecolor="white" if control else colour)
@@ -145,8 +146,10 @@ def gains(
         ax.axhline(k - 0.5, color="0.85", linewidth=0.8)
     ax.set_yticks(range(len(tasks)), tasks)
     ax.set_ylim(len(tasks) - 0.5, -0.5)  # first task on top
-    many = table.groupby(["task", "method"])["seed"].count().max() > 1
-    shown = f"mean and {level:.0%} interval over seeds" if many else "one seed, no interval"
+    most = table.groupby(["task", "method"])["seed"].count().max()
+    shown = {1: "one seed, no interval", 2: "mean of two seeds, no interval"}.get(
+        most, f"mean and {level:.0%} interval over seeds"
+    )
     ax.set_xlabel(f"gain over {baseline} ({unit}); {shown}")
     figure.legend(loc="outside upper left", ncols=min(4, rows), frameon=False)
     return figure

@@ -92,7 +92,7 @@ def interval(low: float, high: float) -> str:
 def differences(df: pd.DataFrame, of: str, against: str = "undistilled") -> pd.DataFrame:
     """Per task: mean paired difference over the seeds that both arms have, with its t interval.
 
-    Columns task, title, n, mean, low, high, p (nan with one seed).
+    Columns task, title, n, mean, low, high, p (the last three nan with fewer than three seeds).
     """
     rows = []
     for task, part in arms(df).groupby("task", sort=False):
@@ -102,8 +102,10 @@ def differences(df: pd.DataFrame, of: str, against: str = "undistilled") -> pd.D
             continue
         first, second = ({s: score[a][s] for s in shared} for a in (of, against))
         t = stats.paired_difference(first, second)
+        # two seeds have an interval in name only: it spans a hundred points
+        low, high, p = (t.low, t.high, t.p) if len(shared) > 2 else (math.nan,) * 3
         rows.append({"task": task, "title": part["title"].iloc[0], "n": len(shared), "mean": t.difference,
-                     "low": t.low, "high": t.high, "p": t.p})  # fmt: skip
+                     "low": low, "high": high, "p": p})  # fmt: skip
     return pd.DataFrame(rows, columns=["task", "title", "n", "mean", "low", "high", "p"])
 
 
@@ -123,7 +125,7 @@ def scores(df: pd.DataFrame, published: pd.DataFrame | None = None) -> pd.DataFr
         spread = "" if s.n == 1 else f" ± {s.sd:.1f}"
         share = g["collapsed"].mean()
         rows.append({
-            "task": r["title"], "student trained as": name,
+            "task": r["title"], "trained as": name,
             "published": printed[0], "published gain": printed[1],
             "measured": f"{s.mean:.1f}{spread}".replace("-", "−"), "seeds": s.n,
             "measured gain": gain, "collapsed": f"{int(g['collapsed'].sum())} of {s.n}" if share else "",
@@ -159,7 +161,7 @@ def gain_grid(df: pd.DataFrame) -> pd.DataFrame:
         if name == "undistilled":
             continue
         d = differences(df, name)
-        row = {"student trained as": name}
+        row = {"trained as": name}
         for x in d.itertuples():
             row[x.title] = _signed(x.mean) + interval(x.low, x.high)
         a = average(df, name)
@@ -167,7 +169,7 @@ def gain_grid(df: pd.DataFrame) -> pd.DataFrame:
         rows.append(row)
     out = pd.DataFrame(rows)
     titles = [t.title for t in tasks.TASKS.values() if t.title in out.columns]
-    return out[["student trained as", *titles, "mean over tasks"]].fillna("–")
+    return out[["trained as", *titles, "mean over tasks"]].fillna("–")
 
 
 def average(df: pd.DataFrame, of: str, against: str = "undistilled") -> dict[str, float]:
@@ -183,7 +185,8 @@ def average(df: pd.DataFrame, of: str, against: str = "undistilled") -> dict[str
     if not len(whole):  # no task has every seed: use the seed that most tasks share
         whole = gain[[gain.notna().sum().idxmax()]].dropna()
     s = stats.summary(whole.mean())
-    return {"mean": s.mean, "low": s.low, "high": s.high, "n": s.n, "tasks": len(whole)}
+    low, high = (s.low, s.high) if s.n > 2 else (math.nan, math.nan)
+    return {"mean": s.mean, "low": low, "high": high, "n": s.n, "tasks": len(whole)}
 
 
 def judge(
@@ -298,7 +301,7 @@ def gradients(results: Iterable[Result]) -> pd.DataFrame:
             terms = {LABEL[k]: v for k, v in probe["gradient"].items()}
             rows.append(
                 {
-                    "student trained as": name,
+                    "trained as": name,
                     "epoch": when,
                     **terms,
                     "scatter": probe["scatter"]["hidden"],
@@ -306,7 +309,7 @@ def gradients(results: Iterable[Result]) -> pd.DataFrame:
             )
     df = pd.DataFrame(rows)
     columns = [c for c in [*LABEL.values(), "scatter"] if c in df]
-    return df.groupby(["student trained as", "epoch"], sort=False)[columns].mean().reset_index()
+    return df.groupby(["trained as", "epoch"], sort=False)[columns].mean().reset_index()
 
 
 def beta_choice(df: pd.DataFrame) -> pd.DataFrame:

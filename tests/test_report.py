@@ -74,7 +74,7 @@ def test_one_seed_has_a_mean_and_no_interval():
     df = frame([("cola", "undistilled", None, 0, 10), ("cola", "armada", "euclid", 0, 12)])
     assert math.isnan(report.differences(df, "ARMADA Euclid").iloc[0]["low"])
     assert report.gain_grid(df).iloc[0].to_dict() == {
-        "student trained as": "ARMADA Euclid", "CoLA": "+2.0", "mean over tasks": "+2.0",
+        "trained as": "ARMADA Euclid", "CoLA": "+2.0", "mean over tasks": "+2.0",
     }  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_published_numbers_stand_beside_the_right_rows():
         ("cola", "armada", "euclid", 0, 12),
         ("cola", "shuffled", "euclid", 0, 9),
     ]
-    out = report.scores(frame(rows), chapter.published(2)).set_index("student trained as")
+    out = report.scores(frame(rows), chapter.published(2)).set_index("trained as")
     printed = chapter.published(2).query("student == 'BERT-6L' and task == 'CoLA'")
     base = printed.query("method == 'undistilled'").iloc[0]
     euclid = printed.query("manifold_loss == 'euclid'").iloc[0]
@@ -110,7 +110,7 @@ def test_a_collapsed_run_is_flagged_and_counted_not_dropped():
     rows = [("cola", "undistilled", None, s, 10) for s in (0, 1)] + [
         ("cola", "armada", "euclid", s, v) for s, v in ((0, 0), (1, 12))
     ]
-    out = report.scores(frame(rows)).set_index("student trained as")
+    out = report.scores(frame(rows)).set_index("trained as")
     assert (
         out.loc["ARMADA Euclid", "collapsed"] == "1 of 2" and out.loc["ARMADA Euclid", "seeds"] == 2
     )
