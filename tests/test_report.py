@@ -137,3 +137,19 @@ def test_heads_of_one_task_are_means_over_losses():
     )
     row = report.heads(df, chapter.published(6), chapter.published(10), "sd14").iloc[0]
     assert row["measured aligner"] == 6 and row["published aligner"] == "7.8"
+
+
+def test_one_beta_is_chosen_for_all_losses_and_collapses_show():
+    rows = [frame([("cola", "armada", m, 0, v)]).assign(beta=b) for m, b, v in
+            (("cosine", 0.1, 10), ("cosine", 1.0, 12), ("euclid", 0.1, 9), ("euclid", 1.0, 0))]  # fmt: skip
+    out = report.beta_choice(pd.concat(rows))
+    assert out[out["chosen"] == "yes"][["loss", "beta"]].values.tolist() == [["all three", "0.1"]]
+    assert "0.0 (collapsed)" in out["CoLA"].tolist()
+
+
+def test_the_aligners_cells_are_tasks_because_no_loss_reaches_it():
+    rows = [frame([(task, "armada", loss, 0, value)]).assign(head=head)
+            for i, task in enumerate(("cola", "rte", "copa")) for loss in ("cosine", "euclid")
+            for head, value in (("aligner", i), ("aligner_aux", -i))]  # fmt: skip
+    r = report.head_correlation(pd.concat(rows), "aligner", "aligner_aux")
+    assert r["pairs"] == 3 and r["plain"] == pytest.approx(-1) and math.isnan(r["centred"])
