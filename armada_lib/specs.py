@@ -51,7 +51,8 @@ def spec(
     kind = task_table.get(task)
     t = p.recipe(kind.group, task, student, **training)
     t = t.model_copy(update={"precision": engine.precision(t.precision, device())})
-    who, taught = p.student(student), p.teacher(teacher) if entry.vectors else None
+    who, named = p.student(student), p.teacher(teacher)
+    taught = named if entry.vectors else None
     w = _weights(p, reading, manifold, {"alpha": alpha, "beta": beta, "gamma": gamma, "tau": tau})
     if method == "layers_only":  # no teacher: only the added heads remain
         w |= {"alpha": 0.0, "beta": 0.0}

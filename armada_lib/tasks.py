@@ -45,15 +45,24 @@ def _two(a: str, b: str) -> Callable[[Row], tuple[str, str | None]]:
     return lambda r: (r[a], r[b])
 
 
+ASK = {"cause": "What was the cause?", "effect": "What happened as a result?"}
+
+
+def _copa_asks(r: Row) -> str:
+    if r["question"] not in ASK:
+        raise ValueError(
+            f"COPA, row {r.get('idx')}: question is {r['question']!r}, not cause or effect"
+        )
+    return f"{r['premise']} {ASK[r['question']]}"
+
+
 def _copa_choices(r: Row) -> list[tuple[str, str]]:
-    ask = "What was the cause?" if r["question"] == "cause" else "What happened as a result?"
-    return [(f"{r['premise']} {ask}", r["choice1"]), (f"{r['premise']} {ask}", r["choice2"])]
+    return [(_copa_asks(r), r["choice1"]), (_copa_asks(r), r["choice2"])]
 
 
 def _copa_pair(r: Row) -> tuple[str, str | None]:
     """Both choices in one text, two classes: the paper's pair classification (A36)."""
-    ask = "What was the cause?" if r["question"] == "cause" else "What happened as a result?"
-    return f"{r['premise']} {ask}", f"{r['choice1']} {r['choice2']}"
+    return _copa_asks(r), f"{r['choice1']} {r['choice2']}"
 
 
 def _glue(
@@ -266,6 +275,9 @@ def _hub(task: Task, split: str) -> tuple[list[Row], str]:
     repo, config = task.hub
     try:
         sha = HfApi().dataset_info(repo, timeout=10).sha
+    except Exception:  # noqa: BLE001  (offline: the local cache may still hold it)
+        sha = None
+    try:
         rows = datasets.load_dataset(repo, config, split=split, revision=sha)
     except Exception as e:  # noqa: BLE001  (the hub raises many kinds; all mean "not here")
         raise FileNotFoundError(
@@ -273,7 +285,8 @@ def _hub(task: Task, split: str) -> tuple[list[Row], str]:
             f"({type(e).__name__}); connect, or set ARMADA_DATA to a folder that holds "
             f"{task.group}/{task.file or task.name}/{split}.parquet"
         ) from None
-    return list(rows), f"{repo}/{config}/{split}@{sha}"
+    revision = sha or f"local cache, fingerprint {rows._fingerprint}"
+    return list(rows), f"{repo}/{config}/{split}@{revision}"
 
 
 def _tweets(split: str) -> list[Row]:

