@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import multiprocessing
@@ -116,6 +117,7 @@ def run(
         result = compute(s, store, accelerator, progress)
         if main:
             store.save(result)
+        gc.collect()  # models and optimisers refer to each other; a worker makes many of them
     return result
 
 
