@@ -13,7 +13,7 @@ import pandas as pd
 from armada_lib import chapter, profiles, report, results, specs
 from armada_lib import tasks as task_table
 from armada_lib.methods import METHODS
-from armada_lib.profiles import MANIFOLDS, READINGS, Profile, check
+from armada_lib.profiles import MANIFOLDS, READINGS, Profile, StudentSpec, TeacherSpec, check
 from armada_lib.results import Result, RunSpec, RunStore
 
 NLU_PARAMETERS = (
@@ -38,13 +38,14 @@ def several(
     return items if valid is None else [check(v, valid, what) for v in items]
 
 
+def played(spec: StudentSpec | TeacherSpec) -> str:
+    """What stands behind a name: "BERT-6L (66M) played by MiniLM-L6, 22.7M parameters"."""
+    name = spec.stands_for or spec.name
+    return f"{name} played by {spec.note}" if spec.note else f"{name} ({spec.checkpoint})"
+
+
 def cast(profile: Profile, student: str, teacher: str | None) -> str:
-    """Who plays whom: "BERT-6L (66M) played by MiniLM-L6, 22.7M parameters; ..."."""
-
-    def played(spec: Any) -> str:
-        name = spec.stands_for or spec.name
-        return f"{name} played by {spec.note}" if spec.note else f"{name} ({spec.checkpoint})"
-
+    """Who plays whom in a run: student, and teacher if there is one."""
     parts = [played(profile.student(student))]
     if teacher:
         parts.append(played(profile.teacher(teacher)))
@@ -76,8 +77,8 @@ class Plan:
         p, stored = profiles.load(self.profile), sum(s in store for s in self.specs)
         chapter.run_line({
             "profile": f"{self.profile} ({p.about})",
-            "student": [cast(p, s, None) for s in self.students],
-            "teacher": cast(p, self.students[0], self.teacher).split("; ", 1)[1],
+            "student": [played(p.student(s)) for s in self.students],
+            "teacher": played(p.teacher(self.teacher)),
             "tasks": list(dict.fromkeys(task_table.TASKS[s.task].title for s in self.specs)),
             "seeds": sorted({s.seed for s in self.specs}),
             "precision": sorted({s.training.precision for s in self.specs}),

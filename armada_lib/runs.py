@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def feature_store(s: RunSpec, store: RunStore) -> features.Store:
-    """The store of the vectors that this run\'s teacher makes."""
+    """The store of the vectors that this run's teacher makes."""
     assert s.teacher is not None and s.teacher_id is not None
     who = profiles.load(s.profile).teacher(s.teacher)
     meta = {"teacher": who.name, "checkpoint": who.checkpoint, "stands_for": who.stands_for}

@@ -15,7 +15,7 @@ import torch
 from armada_lib import engine, profiles, teachers
 from armada_lib import tasks as task_table
 from armada_lib.methods import METHODS, READINGS
-from armada_lib.profiles import MANIFOLDS, Profile, Weights
+from armada_lib.profiles import MANIFOLDS, Profile
 from armada_lib.results import RunSpec
 
 
@@ -85,7 +85,6 @@ def _weights(
                 "from 0 to 1" if name == "alpha" else "above 0" if name == "tau" else "of 0 or more"
             )
             raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
-    Weights(**merged)
     return {k: float(v) for k, v in merged.items()}
 
 

@@ -78,7 +78,7 @@ class Progress:
 
 
 def weights(student: Student, method: Method) -> Iterable[tuple[str, Tensor]]:
-    """Every parameter of the student and of the method\'s parts, by name."""
+    """Every parameter of the student and of the method's parts, by name."""
     for name, module in {"student": student, **method.parts}.items():
         for key, value in module.named_parameters():
             yield f"{name}/{key}", value
