@@ -41,11 +41,12 @@ def retract_(weight: Tensor) -> Tensor:
     """
     if weight.ndim != 2:
         raise ValueError(f"only a matrix can be orthogonal, got shape {tuple(weight.shape)}")
-    wide = weight.shape[0] < weight.shape[1]
+    tall = weight.shape[0] > weight.shape[1]
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    q, r = torch.linalg.qr(w.T if wide else w)
-    q = torch.where(r.diagonal() < 0, -q, q)
-    return weight.copy_(q.T if wide else q)
+    # Not linalg.qr, which also copies R out; a transposed view is LAPACK's own layout.
+    a, tau = torch.geqrf(w if tall else w.T)
+    q = torch.linalg.householder_product(a, tau).mul_(torch.where(a.diagonal() < 0, -1.0, 1.0))
+    return weight.copy_(q if tall else q.T)
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ class Packing:
     first: torch.Tensor  # (n,) place of each text's first token
     last: torch.Tensor  # (n,) place of each text's last token
     text: torch.Tensor  # (T,) number of the text a token belongs to
+    order: torch.Tensor  # (n,) number of the text at each place
 
     @property
     def sizes(self) -> list[int]:
@@ -51,7 +52,8 @@ class Packing:
         groups = [
             Group(g.count, g.longest, g.tokens, move(g.slots), move(g.mask)) for g in self.groups
         ]
-        return Packing(groups, self.first.to(device), self.last.to(device), self.text.to(device))
+        maps = (self.first, self.last, self.text, self.order)
+        return Packing(groups, *(m.to(device) for m in maps))
 
 
 def pack(lengths: np.ndarray, groups: int = GROUPS) -> Packing:
@@ -68,9 +70,8 @@ def pack(lengths: np.ndarray, groups: int = GROUPS) -> Packing:
         ))  # fmt: skip
     ends = np.cumsum(lengths)
     text = np.repeat(np.arange(len(lengths)), lengths)
-    return Packing(
-        parts, torch.from_numpy(ends - lengths), torch.from_numpy(ends - 1), torch.from_numpy(text)
-    )
+    maps = (ends - lengths, ends - 1, text, np.arange(len(lengths)))
+    return Packing(parts, *map(torch.from_numpy, maps))
 
 
 def packed_attention(
@@ -119,6 +120,32 @@ def _padded(x: torch.Tensor, g: Group, heads: int, width: int) -> torch.Tensor:
 
 
 AttentionInterface.register(PACKED, packed_attention)
+
+
+def pooled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    scaling: float,
+    dropout: float,
+    packing: Packing,
+) -> torch.Tensor:
+    """Attention of one query a text, (n, d), to the batch's T tokens, (T, d) each: (n, d)."""
+    width, out = query.shape[1] // heads, []
+    sizes = [g.count for g in packing.groups], packing.sizes, packing.sizes
+    split = [x.split(n) for x, n in zip((query, key, value), sizes, strict=True)]
+    for g, q, k, v in zip(packing.groups, *split, strict=True):
+        q, k, v = (
+            q.view(g.count, heads, 1, width),
+            _padded(k, g, heads, width),
+            _padded(v, g, heads, width),
+        )
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=g.mask, dropout_p=dropout, scale=scaling
+        )
+        out.append(o.reshape(g.count, heads * width))
+    return torch.cat(out)
 
 
 @dataclass
@@ -197,7 +224,8 @@ class Encoded:
         packing = pack(lengths)
         back = torch.from_numpy(np.argsort(order, kind="stable"))
         packing.first, packing.last = packing.first[back], packing.last[back]
-        packing.text = torch.from_numpy(order)[packing.text]
+        packing.order = torch.from_numpy(order)
+        packing.text = packing.order[packing.text]
         starts = np.cumsum(lengths) - lengths
         position = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
         inputs: dict[str, Any] = {

@@ -8,6 +8,7 @@ The student *is* an `AutoModelForSequenceClassification`: its pooler is the pape
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 from armada_lib import profiles
-from armada_lib.batching import PACKED
+from armada_lib.batching import PACKED, pooled_attention
 from armada_lib.profiles import StudentSpec
 
 
@@ -43,6 +44,27 @@ class Family(NamedTuple):
     pooling: str  # what the plain classification checkpoint does
     packs: bool  # its attention goes through transformers' attention interface
     limit: str = "max_position_embeddings"
+    last: Callable[..., torch.Tensor] | None = None  # its last layer, at the pooled tokens alone
+
+
+def _last_bert(
+    layer: Any, plain: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """`BertLayer.forward` at the pooled tokens alone, (1, T, d) -> (1, n, d).
+
+    Nobody reads the other tokens' last vectors: only their keys and values count. `at` (n,): the
+    pooled tokens' places, in the order of the packed texts; without it, the plain layer.
+    """
+    at = kwargs.pop("at", None)
+    if at is None:
+        return plain(x, *args, **kwargs)
+    own, tokens = layer.attention.self, x[0]
+    seen, dropout = tokens.index_select(0, at), own.dropout.p if own.training else 0.0
+    q, k, v = own.query(seen), own.key(tokens), own.value(tokens)
+    found = pooled_attention(
+        q, k, v, own.num_attention_heads, own.scaling, dropout, kwargs["packing"]
+    )
+    return layer.feed_forward_chunk(layer.attention.output(found, seen))[None]
 
 
 FAMILIES: dict[str, Family] = {
@@ -53,6 +75,7 @@ FAMILIES: dict[str, Family] = {
         lambda m: m.classifier,
         "cls",
         packs=True,
+        last=_last_bert,
     ),
     "deberta-v2": Family(
         lambda m: m.deberta,
@@ -91,6 +114,10 @@ class Student(nn.Module):
         self.branch: nn.ModuleDict | None = None
         self._full: torch.Tensor | None = None  # the whole embedding table while it is compact
         self._used: torch.Tensor | None = None
+        self.early = self.family.last is not None and self.pooling in ("cls", "last")
+        if self.family.last is not None and self.early:
+            layer = self.family.encoder(model).encoder.layer[-1]
+            layer.forward = functools.partial(self.family.last, layer, layer.forward)
 
     @property
     def packs(self) -> bool:
@@ -129,8 +156,12 @@ class Student(nn.Module):
 
     def pooled(self, inputs: dict[str, Any]) -> torch.Tensor:
         """h_s (n, d): one vector a text from the token vectors (A14)."""
-        states = self.family.encoder(self.model)(**inputs).last_hidden_state
         packing, mask = inputs.get("packing"), inputs.get("attention_mask")
+        if packing is not None and self.early:
+            at = (packing.first if self.pooling == "cls" else packing.last)[packing.order]
+            states = self.family.encoder(self.model)(**inputs, at=at).last_hidden_state[0]
+            return torch.empty_like(states).index_copy(0, packing.order, states)
+        states = self.family.encoder(self.model)(**inputs).last_hidden_state
         if packing is not None:
             flat = states[0]
             if self.pooling == "mean":
