@@ -7,7 +7,6 @@ Everything here is validated before any work starts, and an unknown key is an er
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import os
@@ -16,118 +15,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
+
+from armada_lib.settings import (
+    MANIFOLDS,
+    READINGS,
+    Nlu,
+    Strict,
+    StudentSpec,
+    TeacherSpec,
+    Training,
+    Unknown,
+    Weights,
+    check,
+)
+
+__all__ = ["MANIFOLDS", "READINGS", "StudentSpec", "TeacherSpec", "Training", "Unknown", "check"]
 
 ROOT = Path(os.environ.get("ARMADA_ROOT") or Path(__file__).resolve().parents[1])
 ASSETS = Path(__file__).resolve().parent / "assets"
-
-READINGS = ("paper", "released")
-MANIFOLDS = ("cosine", "euclid", "elementwise")
-
-
-class Unknown(ValueError):
-    """A name that does not exist here; the message lists the names that do."""
-
-
-def check(name: str, valid: Any, what: str) -> str:
-    """Return `name`, or raise `Unknown` naming the valid choices and the closest one."""
-    names = [str(v) for v in valid]
-    if name in names:
-        return name
-    near = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise Unknown(f"unknown {what} {name!r}{hint} Valid: {', '.join(sorted(names))}")
-
-
-class Strict(BaseModel):
-    """Base of every settings block: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StudentSpec(Strict):
-    """A language model to be taught. `pooling` None = what the checkpoint's family uses (A14)."""
-
-    name: str
-    checkpoint: str
-    revision: str | None = None
-    pooling: Literal["cls", "last", "mean"] | None = None
-    stands_for: str = ""
-    note: str = ""
-
-
-class TeacherSpec(Strict):
-    """A frozen text-to-X model and how its output becomes one vector of `width` numbers."""
-
-    name: str
-    kind: Literal["image", "video", "audio", "blackbox"]
-    checkpoint: str
-    revision: str | None = None
-    text_encoder: str | None = None
-    width: int = Field(gt=0)
-    steps: int = Field(20, gt=0)
-    guidance: float = Field(7.5, ge=0)
-    guidance_rescale: float = Field(0.0, ge=0, le=1)
-    size: int = Field(gt=0)
-    latent: Literal["flatten", "channel-mean", "two-stage", "full"] = "flatten"
-    batch_size: int = Field(32, gt=0)
-    stands_for: str = ""
-    note: str = ""
-
-
-class Training(Strict):
-    """The budget and the recipe of one run; every field reaches the run's key."""
-
-    epochs: int = Field(10, gt=0)
-    batch_size: int = Field(32, gt=0)
-    student_lr: float = Field(2e-5, gt=0, allow_inf_nan=False)
-    aligner_lr: float = Field(3e-3, gt=0, allow_inf_nan=False)
-    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
-    warmup: float = Field(0.1, ge=0, le=1)
-    schedule: Literal["linear", "constant"] = "linear"
-    clip: float = Field(1.0, gt=0, allow_inf_nan=False)
-    max_length: int = Field(128, gt=2)
-    train_size: int | None = Field(None, gt=0)
-    eval_size: int | None = Field(None, gt=0)
-    split: Literal["validation", "holdout"] = "validation"
-    select: Literal["last", "best"] = "last"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    dropout: float | None = Field(None, ge=0, lt=1)
-    copa: Literal["choice", "pair"] = "choice"
-    retract_every: int = Field(10, gt=0)
-    aligner: Literal["bottleneck", "direct", "projected", "released"] | None = None
-    soft: Literal["norm", "squared", "frobenius", "kl", "mse"] | None = (
-        None  # A6; None: the reading's
-    )
-    distance: Literal["plain", "squared", "literal"] | None = None  # of the manifold losses (A8)
-    manifold_to: Literal["student", "both"] = "student"  # A11
-    aligner_pretrain: int = Field(0, ge=0)
-    projection: Literal["orthogonal", "fixed", "free"] | None = None
-    detach: bool = True
-    compile: bool = False
-
-
-class Weights(Strict):
-    """alpha, beta, gamma and tau of Eq. 2 and the total loss; beta may differ by manifold loss."""
-
-    alpha: float = Field(0.5, ge=0, le=1, allow_inf_nan=False)
-    beta: float | dict[Literal["cosine", "euclid", "elementwise"], float] = 1.0
-    gamma: float = Field(1.0, ge=0, allow_inf_nan=False)
-    tau: float = Field(5.0, gt=0, allow_inf_nan=False)
-
-    def of(self, manifold: str) -> float:
-        return dict(self.beta)[manifold] if isinstance(self.beta, dict) else self.beta  # type: ignore[index]
-
-
-class Nlu(Strict):
-    """What the NLU chapter runs when it is not told otherwise."""
-
-    student: str
-    tasks: list[str]
-    methods: list[str]
-    manifolds: list[Literal["cosine", "euclid", "elementwise"]]
-    readings: list[Literal["paper", "released"]]
-    seeds: list[int]
 
 
 class Profile(Strict):

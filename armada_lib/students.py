@@ -116,7 +116,8 @@ class Student(nn.Module):
         self._used: torch.Tensor | None = None
         self.early = self.family.last is not None and self.pooling in ("cls", "last")
         if self.family.last is not None and self.early:
-            layer = self.family.encoder(model).encoder.layer[-1]
+            encoder: Any = self.family.encoder(model)
+            layer = encoder.encoder.layer[-1]
             layer.forward = functools.partial(self.family.last, layer, layer.forward)
 
     @property

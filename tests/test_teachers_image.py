@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from armada_lib import profiles, teachers
-from armada_lib.profiles import TeacherSpec
-from armada_lib.teachers import image
+from armada_lib.settings import ImageSpec
+from armada_lib.teachers import common, image
 
 TEXTS = ["a red heart", "the dog runs", "a red heart and the dog", "tree"]
 WORDS = [
@@ -84,7 +84,7 @@ def fp32(request, monkeypatch):
         monkeypatch.setattr(image, "precision", lambda device: "fp32")
 
 
-def tiny(checkpoint, **changes) -> TeacherSpec:
+def tiny(checkpoint, **changes) -> ImageSpec:
     settings = dict(
         name="tiny",
         kind="image",
@@ -94,7 +94,7 @@ def tiny(checkpoint, **changes) -> TeacherSpec:
         size=16,
         batch_size=3,
     )
-    return TeacherSpec(**(settings | changes))
+    return ImageSpec(**(settings | changes))
 
 
 def test_vectors_do_not_depend_on_neighbours_order_or_batch_size(checkpoint):
@@ -114,7 +114,9 @@ def test_encode_is_the_pipeline_called_by_hand(checkpoint):
     pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     pipe.text_encoder.eval()
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(image.seed(TEXTS[0])))
+    noise = torch.randn(
+        1, 4, 8, 8, generator=torch.Generator().manual_seed(common.seed(image.RECIPE, TEXTS[0]))
+    )
     with torch.inference_mode():
         latent = pipe(
             TEXTS[0], height=16, width=16, num_inference_steps=3, guidance_scale=3.0,
@@ -158,7 +160,6 @@ def test_a_text_without_words_is_refused(checkpoint, texts):
         (dict(width=1024), "256 numbers .* width is set to 1024"),
         (dict(size=20), "no multiple"),
         (dict(latent="two-stage", guidance_rescale=0.5), "guidance_rescale"),
-        (dict(kind="video"), "kinds it can run: image"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(checkpoint, changes, words):
@@ -179,7 +180,7 @@ def test_values_that_are_no_numbers_are_an_error(checkpoint, tmp_path):
 
 def test_a_constant_vector_is_an_error():
     with pytest.raises(FloatingPointError, match="constant vector for 1 of 2 texts, first 'b'"):
-        image._check_vectors(np.array([[1, 2], [3, 3]], np.float16), ["a", "b"], "t")
+        common.check_vectors(np.array([[1, 2], [3, 3]], np.float16), ["a", "b"], "t")
 
 
 def test_fingerprint_covers_what_changes_the_vectors_and_loads_nothing(checkpoint, monkeypatch):
@@ -202,9 +203,9 @@ def test_fingerprint_covers_what_changes_the_vectors_and_loads_nothing(checkpoin
 
 
 def test_a_model_card_does_not_change_the_fingerprint(checkpoint):
-    one = image._identity(str(checkpoint), None)
+    one = common.identity(str(checkpoint), None)
     (checkpoint / "evaluation.json").write_text("{}")
-    assert image._identity(str(checkpoint), None) == one
+    assert common.identity(str(checkpoint), None) == one
 
 
 def test_missing_weights_name_the_command_that_gets_them(monkeypatch):

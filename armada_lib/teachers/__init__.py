@@ -7,14 +7,12 @@ number of processes.
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib
+from typing import Any, Protocol
 
 import numpy as np
 
-from armada_lib.profiles import TeacherSpec
-from armada_lib.teachers import image
-
-KINDS = {"image": image}  # kind -> module with `fingerprint(spec, device)` and `load(spec, device)`
+from armada_lib.settings import TeacherSpec
 
 
 class Teacher(Protocol):
@@ -29,13 +27,9 @@ class Teacher(Protocol):
     def truncated(self, texts: list[str]) -> int: ...
 
 
-def _module(spec: TeacherSpec):
-    if spec.kind not in KINDS:
-        raise ValueError(
-            f"teacher {spec.name!r} is of kind {spec.kind!r}, which this version cannot run; "
-            f"kinds it can run: {', '.join(sorted(KINDS))}"
-        )
-    return KINDS[spec.kind]
+def _module(spec: TeacherSpec) -> Any:
+    """The module of the teacher's kind: it has `fingerprint(spec, device)` and `load(spec, device)`."""
+    return importlib.import_module(f"armada_lib.teachers.{spec.kind}")
 
 
 def load(spec: TeacherSpec, device: str = "cpu") -> Teacher:

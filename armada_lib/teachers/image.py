@@ -11,12 +11,8 @@ the batch size): the last digit of float16 in fp32, a cosine above 0.999 under b
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +21,19 @@ import torch
 from PIL import Image
 
 from armada_lib import profiles
-from armada_lib.profiles import TeacherSpec
+from armada_lib.settings import ImageSpec
+from armada_lib.teachers.common import (
+    check_texts,
+    check_vectors,
+    digest,
+    identity,
+    precision,
+    quiet,
+    seed,
+)
 
 RECIPE = "image-1"  # raise it when code below changes the vectors
 STRENGTH = 0.75  # of the image-to-image pass of the two-stage reading (audit A2)
-PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "model_index.json", "text.json")
 
 # How a latent (n, channels, h, w) becomes a vector; audit A2 lists the readings of "32 x 32".
 READOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -40,40 +44,24 @@ READOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def precision(device: str) -> str:
-    """fp16 on a GPU; on a CPU bf16 where the processor multiplies in bf16, else fp32."""
-    if torch.device(device).type == "cuda":
-        return "fp16"
-    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
-
-
-def fingerprint(spec: TeacherSpec, device: str = "cpu") -> str:
+def fingerprint(spec: ImageSpec, device: str = "cpu") -> str:
     """sha256 over all that changes the vectors; reads files but loads no weights.
 
     Raises FileNotFoundError for a checkpoint that is neither on disk nor within reach.
     """
     facts = {
         "recipe": RECIPE,
-        "checkpoint": _identity(spec.checkpoint, spec.revision),
-        "text_encoder": spec.text_encoder and _identity(spec.text_encoder, None),
+        "checkpoint": identity(spec.checkpoint, spec.revision),
+        "text_encoder": spec.text_encoder and identity(spec.text_encoder, None),
         "precision": precision(device),
         "settings": spec.model_dump(
             include={"kind", "steps", "guidance", "guidance_rescale", "size", "latent", "width"}
         ),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return digest(facts)
 
 
-def _identity(reference: str, revision: str | None) -> str:
-    where = Path(profiles.resolve(reference))
-    if not any((where / part).exists() for part in PARTS):
-        return profiles.identity(reference, revision)
-    # A pipeline folder: only its parts count, not a model card or an evaluation beside them.
-    parts = {p: profiles.file_digest(str(where / p)) for p in PARTS if (where / p).exists()}
-    return "sha256:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-
-
-def load(spec: TeacherSpec, device: str = "cpu") -> ImageTeacher:
+def load(spec: ImageSpec, device: str = "cpu") -> ImageTeacher:
     """See `armada_lib.teachers.load`."""
     return ImageTeacher(spec, device)
 
@@ -81,7 +69,7 @@ def load(spec: TeacherSpec, device: str = "cpu") -> ImageTeacher:
 class ImageTeacher:
     """A frozen text-to-image model as an encoder of texts. See `armada_lib.teachers`."""
 
-    def __init__(self, spec: TeacherSpec, device: str = "cpu") -> None:
+    def __init__(self, spec: ImageSpec, device: str = "cpu") -> None:
         if spec.latent == "two-stage" and spec.guidance_rescale:
             raise ValueError(
                 "latent 'two-stage' has no guidance_rescale: image-to-image knows none"
@@ -89,10 +77,10 @@ class ImageTeacher:
         self.spec, self.name, self.width, self.device = spec, spec.name, spec.width, device
         self.fingerprint = fingerprint(spec, device)
         self.precision = precision(device)
-        with _quiet():
+        with quiet():
             self.pipeline = _pipeline(spec, device, self.precision)
         self._check_width()
-        with torch.inference_mode(), _quiet():
+        with torch.inference_mode(), quiet():
             self._empty = self._states([""])
 
     def _check_width(self) -> None:
@@ -117,19 +105,19 @@ class ImageTeacher:
         Raises ValueError for an empty text (before any work) and FloatingPointError for a vector
         that is not finite or is constant.
         """
-        _check_texts(texts)
+        check_texts(texts)
         out = np.empty((len(texts), self.width), np.float16)
         for at, batch in self._batches(texts):
             latents = self._run(batch, "latent")
             vectors = READOUTS[self.spec.latent](latents.float()).cpu().numpy()
             with np.errstate(over="ignore"):  # reported as not finite below
                 out[at : at + len(batch)] = vectors
-            _check_vectors(out[at : at + len(batch)], batch, self.name)
+            check_vectors(out[at : at + len(batch)], batch, self.name)
         return out
 
     def paint(self, texts: list[str]) -> list[Image.Image]:
         """The pictures whose latents `encode` returns."""
-        _check_texts(texts)
+        check_texts(texts)
         return [picture for _, batch in self._batches(texts) for picture in self._run(batch, "pil")]
 
     def truncated(self, texts: list[str]) -> int:
@@ -137,7 +125,7 @@ class ImageTeacher:
         if not texts:
             return 0
         tokenizer = self.pipeline.tokenizer
-        with _quiet():
+        with quiet():
             ids = tokenizer(list(texts), truncation=False).input_ids
         return sum(len(row) > tokenizer.model_max_length for row in ids)
 
@@ -151,7 +139,7 @@ class ImageTeacher:
     @torch.inference_mode()
     def _run(self, texts: list[str], output_type: str) -> Any:
         spec, pipe = self.spec, self.pipeline
-        with _quiet():
+        with quiet():
             states = self._states(texts)
             call = dict(
                 prompt_embeds=states,
@@ -159,7 +147,7 @@ class ImageTeacher:
                 num_inference_steps=spec.steps,
                 guidance_scale=spec.guidance,
                 # One generator a text: the rows of a batch do not share a stream of noise.
-                generator=[torch.Generator().manual_seed(seed(text)) for text in texts],
+                generator=[torch.Generator().manual_seed(seed(RECIPE, text)) for text in texts],
             )
             if spec.latent != "two-stage":
                 call |= dict(
@@ -175,36 +163,7 @@ class ImageTeacher:
             return second(**call, image=small, strength=STRENGTH, output_type=output_type).images
 
 
-def seed(text: str) -> int:
-    """Seed of a text's noise: 63 bits of a hash of the recipe and the text."""
-    digest = hashlib.sha256(f"{RECIPE}\0{text}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _check_texts(texts: list[str]) -> None:
-    if isinstance(texts, str):
-        raise ValueError("texts must be a list of strings, not one string")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"text {i} of {len(texts)} is empty: a teacher needs words")
-
-
-def _check_vectors(vectors: np.ndarray, texts: list[str], name: str) -> None:
-    finite = np.isfinite(vectors).all(1)
-    varied = vectors.max(1) > vectors.min(1)
-    for what, good in (
-        ("a vector that is not finite", finite),
-        ("a constant vector", varied | ~finite),
-    ):
-        if not good.all():
-            text = texts[int(np.argmin(good))]
-            raise FloatingPointError(
-                f"teacher {name!r} gave {what} for {int((~good).sum())} of {len(texts)} texts, "
-                f"first {text[:60]!r}"
-            )
-
-
-def _pipeline(spec: TeacherSpec, device: str, mode: str) -> Any:
+def _pipeline(spec: ImageSpec, device: str, mode: str) -> Any:
     """The frozen pipeline on `device`: a hub-style checkpoint, or assembled from parts."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from diffusers import UNet2DConditionModel as UNet
@@ -279,26 +238,3 @@ def _image_to_image(pipe: Any) -> Any:
     second = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     second.set_progress_bar_config(disable=True)
     return second
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Progress bars and advice of the libraries below, off; restored afterwards."""
-    import diffusers.utils.logging as diffusion
-    import transformers.utils.logging as text
-
-    before = [
-        (lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in (diffusion, text)
-    ]
-    for lib, _, _ in before:
-        lib.set_verbosity(logging.ERROR)
-        lib.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for lib, level, bar in before:
-            lib.set_verbosity(level)
-            if bar:
-                lib.enable_progress_bar()

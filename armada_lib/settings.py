@@ -1,0 +1,213 @@
+"""The schema of every settings block: what may be set, its bounds and its default.
+
+An unknown key is an error, and so is a number outside its bounds. Ambiguities of the paper are named
+by their number in the register (A1, A2, ...), which the book lists.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+READINGS = ("paper", "released")
+MANIFOLDS = ("cosine", "euclid", "elementwise")
+
+
+class Unknown(ValueError):
+    """A name that does not exist here; the message lists the names that do."""
+
+
+def check(name: str, valid: Any, what: str) -> str:
+    """Return `name`, or raise `Unknown` naming the valid choices and the closest one."""
+    names = [str(v) for v in valid]
+    if name in names:
+        return name
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise Unknown(f"unknown {what} {name!r}{hint} Valid: {', '.join(sorted(names))}")
+
+
+class Strict(BaseModel):
+    """Base of every settings block: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StudentSpec(Strict):
+    """A language model to be taught. `pooling` None = what the checkpoint's family uses (A14)."""
+
+    name: str
+    checkpoint: str
+    revision: str | None = None
+    pooling: Literal["cls", "last", "mean"] | None = None
+    stands_for: str = ""
+    note: str = ""
+
+
+class _Teacher(Strict):
+    """What every teacher has: its output becomes one vector of `width` numbers."""
+
+    name: str
+    width: int = Field(gt=0)
+    batch_size: int = Field(32, gt=0)
+    stands_for: str = ""
+    note: str = ""
+
+
+class ImageSpec(_Teacher):
+    """A text-to-image diffusion model read at its final latent (A2), with or without a LoRA.
+
+    `adapter`: a LoRA folder or hub id, `adapter_file` the safetensors file in it (A5).
+    """
+
+    kind: Literal["image"] = "image"
+    checkpoint: str
+    revision: str | None = None
+    text_encoder: str | None = None
+    adapter: str | None = None
+    adapter_file: str = "pytorch_lora_weights.safetensors"
+    adapter_revision: str | None = None
+    adapter_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
+    steps: int = Field(20, gt=0)
+    guidance: float = Field(7.5, ge=0)
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    size: int = Field(gt=0)
+    latent: Literal["flatten", "channel-mean", "two-stage", "full"] = "flatten"
+    compile: bool = False
+
+
+class VideoSpec(_Teacher):
+    """A text-to-video diffusion model (A3).
+
+    `size` x `size` pixels are drawn, `frames` of them. `readout`: the first decoded frame in grey at
+    `side` x `side` pixels, the first frame's latent, or all latents. `project`: a recorded, seeded
+    random projection to `width` numbers instead of the readout itself.
+    """
+
+    kind: Literal["video"] = "video"
+    checkpoint: str
+    revision: str | None = None
+    text_encoder: str | None = None
+    spatial: str | None = None  # an image model whose spatial weights and autoencoder it shares
+    steps: int = Field(20, gt=0)
+    guidance: float = Field(7.5, ge=0)
+    frames: int = Field(64, gt=0)
+    size: int = Field(256, gt=0)
+    readout: Literal["first-grey", "first-latent", "latents"] = "first-grey"
+    side: int = Field(512, gt=0)
+    project: bool = False
+    compile: bool = False
+
+
+class AudioSpec(_Teacher):
+    """A text-to-speech model whose sound is summarised by a fixed encoder (A4).
+
+    `checkpoint`: SpeechT5 with `vocoder`, or `package:hibari` (one voice, its own vocoder).
+    `encoder`: a wav2vec2 checkpoint, or "log-mel" for fixed statistics of the log-mel spectrogram.
+    `speaker`: a safetensors file of speaker vectors, (n, 512); None draws one fixed vector.
+    """
+
+    kind: Literal["audio"] = "audio"
+    checkpoint: str
+    revision: str | None = None
+    vocoder: str | None = None
+    vocoder_revision: str | None = None
+    encoder: str
+    encoder_revision: str | None = None
+    speaker: str | None = None
+    readout: Literal["mean", "first", "max"] = "mean"
+    speakers: Literal["one", "average"] = "one"
+    batch_size: int = Field(8, gt=0)
+
+
+class BlackboxSpec(_Teacher):
+    """Anything that returns a picture or a sound for a text, and nothing else.
+
+    `source`: "api" (an endpoint that speaks the OpenAI images API), "folder" (files made before) or
+    "painter" (another teacher of the profile, read at its pictures only: a stand-in for a service).
+    `folder` keeps what came back, so that no text is asked or paid for twice. `encoder` turns a
+    picture into a vector: "efficientnet-lite0", or the hub id of a CLIP or ResNet checkpoint; a sound
+    by "log-mel" or the hub id of a wav2vec2 checkpoint.
+    """
+
+    kind: Literal["blackbox"] = "blackbox"
+    source: Literal["api", "folder", "painter"]
+    folder: str | None = None
+    encoder: str
+    encoder_revision: str | None = None
+    painter: str | None = None
+    base_url: str | None = None
+    model: str | None = None
+    size: str = "512x512"
+    key_variable: str = "ARMADA_API_KEY"
+    max_calls: int = Field(1000, gt=0)
+    concurrency: int = Field(4, gt=0)
+    timeout: float = Field(120.0, gt=0, allow_inf_nan=False)
+    retries: int = Field(5, ge=0)
+
+    @property
+    def checkpoint(self) -> str:
+        """What is asked, in the place where other teachers name their checkpoint."""
+        return f"{self.source}: {self.model or self.painter or self.folder}"
+
+
+TeacherSpec = Annotated[
+    ImageSpec | VideoSpec | AudioSpec | BlackboxSpec, Field(discriminator="kind")
+]
+
+
+class Training(Strict):
+    """The budget and the recipe of one run; every field reaches the run's key."""
+
+    epochs: int = Field(10, gt=0)
+    batch_size: int = Field(32, gt=0)
+    student_lr: float = Field(2e-5, gt=0, allow_inf_nan=False)
+    aligner_lr: float = Field(3e-3, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
+    warmup: float = Field(0.1, ge=0, le=1)
+    schedule: Literal["linear", "constant"] = "linear"
+    clip: float = Field(1.0, gt=0, allow_inf_nan=False)
+    max_length: int = Field(128, gt=2)
+    train_size: int | None = Field(None, gt=0)
+    eval_size: int | None = Field(None, gt=0)
+    split: Literal["validation", "holdout"] = "validation"
+    select: Literal["last", "best"] = "last"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    dropout: float | None = Field(None, ge=0, lt=1)
+    copa: Literal["choice", "pair"] = "choice"
+    retract_every: int = Field(10, gt=0)
+    aligner: Literal["bottleneck", "direct", "projected", "released"] | None = None
+    soft: Literal["norm", "squared", "frobenius", "kl", "mse"] | None = (
+        None  # A6; None: the reading's
+    )
+    distance: Literal["plain", "squared", "literal"] | None = None  # of the manifold losses (A8)
+    manifold_to: Literal["student", "both"] = "student"  # A11
+    aligner_pretrain: int = Field(0, ge=0)
+    projection: Literal["orthogonal", "fixed", "free"] | None = None
+    detach: bool = True
+    compile: bool = False
+
+
+class Weights(Strict):
+    """alpha, beta, gamma and tau of Eq. 2 and the total loss; beta may differ by manifold loss."""
+
+    alpha: float = Field(0.5, ge=0, le=1, allow_inf_nan=False)
+    beta: float | dict[Literal["cosine", "euclid", "elementwise"], float] = 1.0
+    gamma: float = Field(1.0, ge=0, allow_inf_nan=False)
+    tau: float = Field(5.0, gt=0, allow_inf_nan=False)
+
+    def of(self, manifold: str) -> float:
+        return dict(self.beta)[manifold] if isinstance(self.beta, dict) else self.beta  # type: ignore[index]
+
+
+class Nlu(Strict):
+    """What the NLU chapter runs when it is not told otherwise."""
+
+    student: str
+    tasks: list[str]
+    methods: list[str]
+    manifolds: list[Literal["cosine", "euclid", "elementwise"]]
+    readings: list[Literal["paper", "released"]]
+    seeds: list[int]

@@ -1,0 +1,96 @@
+"""What all teachers share: seeds, checks of texts and vectors, quiet libraries, digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from armada_lib import profiles
+
+# The parts of a diffusers pipeline that count; a model card or an evaluation beside them does not.
+PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "model_index.json", "text.json")
+
+
+def precision(device: str) -> str:
+    """fp16 on a GPU; on a CPU bf16 where the processor multiplies in bf16, else fp32."""
+    if torch.device(device).type == "cuda":
+        return "fp16"
+    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
+
+
+def digest(facts: dict[str, Any]) -> str:
+    """sha256 of plain facts: the fingerprint of a teacher."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def identity(reference: str, revision: str | None = None) -> str:
+    """What a checkpoint is: a digest of its parts, or hub id @ resolved revision."""
+    where = Path(profiles.resolve(reference))
+    if not any((where / part).exists() for part in PARTS):
+        return profiles.identity(reference, revision)
+    # A pipeline folder: only its parts count, not a model card or an evaluation beside them.
+    parts = {p: profiles.file_digest(str(where / p)) for p in PARTS if (where / p).exists()}
+    return "sha256:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def seed(recipe: str, text: str) -> int:
+    """Seed of a text's noise: 63 bits of a hash of the recipe and the text."""
+    digest = hashlib.sha256(f"{recipe}\0{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def check_texts(texts: list[str]) -> None:
+    """Raise ValueError unless `texts` is a list of texts with words in them."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of strings, not one string")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"text {i} of {len(texts)} is empty: a teacher needs words")
+
+
+def check_vectors(vectors: np.ndarray, texts: list[str], name: str) -> None:
+    """Raise FloatingPointError for a vector (a row of `vectors`) that is not finite or constant."""
+    finite = np.isfinite(vectors).all(1)
+    varied = vectors.max(1) > vectors.min(1)
+    for what, good in (
+        ("a vector that is not finite", finite),
+        ("a constant vector", varied | ~finite),
+    ):
+        if not good.all():
+            text = texts[int(np.argmin(good))]
+            raise FloatingPointError(
+                f"teacher {name!r} gave {what} for {int((~good).sum())} of {len(texts)} texts, "
+                f"first {text[:60]!r}"
+            )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Progress bars and advice of the libraries below, off; restored afterwards."""
+    import diffusers.utils.logging as diffusion
+    import transformers.utils.logging as text
+
+    before = [
+        (lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in (diffusion, text)
+    ]
+    for lib, _, _ in before:
+        lib.set_verbosity(logging.ERROR)
+        lib.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for lib, level, bar in before:
+            lib.set_verbosity(level)
+            if bar:
+                lib.enable_progress_bar()
