@@ -216,6 +216,16 @@ def published(number: int) -> pd.DataFrame:
     return df
 
 
+def claims(*ids: str) -> pd.DataFrame:
+    """Claims of the paper as printed, from `book/published/claims.csv`: claim, published, where."""
+    df = pd.read_csv(ROOT / "book/published/claims.csv", dtype=str, keep_default_na=False)
+    df = df.set_index("id")
+    for i in ids:
+        check(i, df.index, "published claim")
+    found = df.loc[list(ids), ["claim", "published", "location"]]
+    return found.rename(columns={"location": "where"}).reset_index(drop=True)
+
+
 # ------------------------------------------------------------------------------- facts, verdicts
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from armada_lib.settings import (
     MANIFOLDS,
@@ -48,6 +48,13 @@ class Profile(Strict):
     nlu: Nlu
     training: dict[str, Any]
     armada: dict[Literal["paper", "released"], Weights]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Profile:
+        if missing := set(READINGS) - set(self.armada):
+            raise ValueError(f"armada: the weights of reading {', '.join(missing)} are missing")
+        check(self.nlu.student, self.students, "student of nlu")
+        return self
 
     def student(self, name: str) -> StudentSpec:
         return self.students[check(name, self.students, f"student (profile {self.name})")]
@@ -98,9 +105,12 @@ def load(name: str) -> Profile:
     check(name, names(), "profile")
     path = folder() / f"{name}.yaml"
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path.name}: a profile is a mapping, got {type(raw).__name__}")
     for block in ("students", "teachers"):
         for key, entry in (raw.get(block) or {}).items():
-            entry.setdefault("name", key)
+            if isinstance(entry, dict):
+                entry.setdefault("name", key)
     for layer in raw.get("training", {}):
         check(layer, ("default", "groups", "tasks", "students"), "training layer")
     try:

@@ -277,14 +277,15 @@ def head_correlation(df: pd.DataFrame, first: str, second: str) -> dict[str, Any
     }
 
 
-def correlations(found: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """`head_correlation` of several models as a table, beside what the paper prints (section 5.1)."""
-    printed = {"student": 0.99, "aligner": 0.69}
+def correlations(
+    found: dict[str, dict[str, Any]], published: dict[str, str] | None = None
+) -> pd.DataFrame:
+    """`head_correlation` of several models as a table, beside what the paper prints of them."""
     rows = []
     for name, r in found.items():
         low, high = r["interval"]
         rows.append({
-            "model": name, "published": printed.get(name, math.nan), "measured plain": r["plain"],
+            "model": name, "published": (published or {}).get(name, "–"), "measured plain": r["plain"],
             "95 % interval": "–" if math.isnan(low) else f"[{low:.2f}, {high:.2f}]".replace("-", "−"),
             "measured centred": r["centred"], "cells": r["pairs"],
         })  # fmt: skip

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -110,6 +111,14 @@ class Result:
         }
 
 
+def _age(path: Path) -> float:
+    """Seconds since the last change; 0 for what is gone by now."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -137,6 +146,9 @@ class RunStore:
         try:
             for folder in (self.runs, self.features, self.root / "locks", self.root / "states"):
                 folder.mkdir(parents=True, exist_ok=True)
+            for left in self.runs.glob(".*"):  # of a killed process: a living one renames it soon
+                if not left.name.startswith(".damaged") and _age(left) > 3600:
+                    shutil.rmtree(left, ignore_errors=True)
             probe = self.runs / f".{uuid.uuid4().hex}"
             probe.write_bytes(b"")
             probe.unlink()

@@ -190,12 +190,15 @@ class Training(Strict):
     compile: bool = False
 
 
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Weights(Strict):
     """alpha, beta, gamma and tau of Eq. 2 and the total loss; beta may differ by manifold loss."""
 
     alpha: float = Field(0.5, ge=0, le=1, allow_inf_nan=False)
-    beta: float | dict[Literal["cosine", "euclid", "elementwise"], float] = 1.0
-    gamma: float = Field(1.0, ge=0, allow_inf_nan=False)
+    beta: Amount | dict[Literal["cosine", "euclid", "elementwise"], Amount] = 1.0
+    gamma: Amount = 1.0
     tau: float = Field(5.0, gt=0, allow_inf_nan=False)
 
     def of(self, manifold: str) -> float:

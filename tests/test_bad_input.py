@@ -162,7 +162,7 @@ def test_a_bad_weight_in_the_profile_is_no_better(tiny, beta):
     raw["armada"]["paper"]["beta"] = beta
     path.write_text(yaml.safe_dump(raw))
     forget()
-    with pytest.raises(ValueError, match="beta must be a finite number of 0 or more"):
+    with pytest.raises(ValueError, match="tiny.yaml: armada.paper.beta"):
         specs.spec("tiny", "cola", manifold="euclid")
 
 

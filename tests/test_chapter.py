@@ -175,7 +175,7 @@ def test_published_keeps_what_was_printed():
 
 
 def test_published_reads_every_file_whole():
-    files = sorted((ROOT / "book" / "published").glob("*.csv"))
+    files = sorted((ROOT / "book" / "published").glob("table*.csv"))
     assert len(files) == 14
     for path in files:
         df = chapter.published(int(path.name[5:7]))
@@ -218,3 +218,19 @@ def test_verdict(shown, outcome):
 def test_verdict_refuses_other_outcomes():
     with pytest.raises(ValueError, match="unknown outcome 'reproducd'; did you mean 'reproduced'"):
         chapter.verdict("c", "reproducd", "t")
+
+
+def test_claims_are_read_as_printed_and_unknown_ones_refused():
+    df = chapter.claims("C39", "C38")
+    assert df["published"].tolist() == ["0.69", "0.99"] and list(df) == [
+        "claim",
+        "published",
+        "where",
+    ]
+    with pytest.raises(ValueError, match="unknown published claim 'C380'; did you mean 'C38'"):
+        chapter.claims("C380")
+
+
+def test_gains_named_in_the_introduction_are_published_ones():
+    said = re.findall(r"up to (\d\.\d) %", (ROOT / "book" / "intro.md").read_text())
+    assert said and set(said) == set(chapter.claims("C07", "C16")["published"])

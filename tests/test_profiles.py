@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import safe_open
 
 from armada_lib import methods, profiles, tasks
 from armada_lib.profiles import Training, Unknown
@@ -77,6 +80,38 @@ def test_what_stands_in_for_a_name_is_said_and_can_be_had(name):
     for spec in (*p.students.values(), *p.teachers.values()):
         assert spec.stands_for and spec.note
         assert Path(profiles.resolve(spec.checkpoint)).is_dir()
+
+
+@pytest.mark.parametrize("name", ["cpu", "mini"])
+def test_parameter_counts_in_notes_are_those_of_the_weights(name):
+    p, counted = profiles.load(name), 0
+    for spec in (*p.students.values(), *p.teachers.values()):
+        if said := re.search(r"([\d.]+)M parameters", spec.note):
+            found = 0
+            for file in Path(profiles.resolve(spec.checkpoint)).rglob("*.safetensors"):
+                with safe_open(file, "pt") as f:
+                    found += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())  # noqa: SIM118
+            assert round(found / 1e6, 1) == float(said[1]), spec.name
+            counted += 1
+    assert counted > 3
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(armada={"paper": {}}), "released are missing"),
+        (dict(students={}), "student of nlu"),
+        (dict(armada={"paper": {"beta": -1}, "released": {}}), "beta"),
+        (dict(students={"bert-6l": None}), "bert-6l"),
+        (dict(teachers={"sd14": {"kind": "smell"}}), "sd14"),
+    ],
+)
+def test_an_incomplete_profile_is_refused_by_name(tmp_path, monkeypatch, changes, words):
+    raw = yaml.safe_load((profiles.folder() / "mini.yaml").read_text()) | changes
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(raw))
+    monkeypatch.setattr(profiles, "folder", lambda: tmp_path)
+    with pytest.raises(ValueError, match=f"broken.yaml.*{words}"):
+        profiles.load("broken")
 
 
 def test_the_papers_settings_are_the_papers():
@@ -158,8 +193,8 @@ def test_a_bad_value_is_named_with_what_was_given(setting, value):
         (lambda raw: raw.update(colour="red"), r"^own.yaml: colour: .*\(got 'red'\)$"),
         (lambda raw: raw.pop("nlu"), r"^own.yaml: nlu: Field required"),
         (lambda raw: raw["students"]["bert-6l"].update(pool="cls"), r"students.bert-6l.pool"),
-        (lambda raw: raw["teachers"]["sd14"].update(width=-4), r"teachers.sd14.width.*\(got -4\)"),
-        (lambda raw: raw["teachers"]["sd14"].update(kind="smell"), r"teachers.sd14.kind.*'image'"),
+        (lambda raw: raw["teachers"]["sd14"].update(width=-4), r"teachers.sd14.image.width.*\(got -4\)"),
+        (lambda raw: raw["teachers"]["sd14"].update(kind="smell"), r"teachers.sd14: .*'smell'.*'image'"),
         (lambda raw: raw["armada"]["paper"].update(alpha=1.5), r"armada.paper.alpha.*\(got 1.5\)"),
         (lambda raw: raw["armada"]["paper"].update(tau=0), r"armada.paper.tau.*\(got 0\)"),
         (
