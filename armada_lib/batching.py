@@ -178,8 +178,8 @@ class Encoded:
     """A split as token ids, beside its labels and teacher vectors.
 
     tokens: one int32 array a text; types: token types or None; teacher: a float16 matrix of width
-    m, may be memory-mapped, whose row `where[i]` (default i) is given to text i; `mean`, `scale`
-    standardise it (A24) when a batch is read.
+    m, may be memory-mapped, whose row `where[i]` (default i, -1 = it has none: the mean) is given to
+    text i; `mean`, `scale` standardise it (A24) when a batch is read.
     """
 
     tokens: list[np.ndarray]
@@ -203,8 +203,11 @@ class Encoded:
         if self.teacher is None:
             return None
         rows = texts if self.where is None else self.where[texts]
-        x = self.teacher.index_select(0, torch.from_numpy(rows)).float()
-        return x if self.mean is None or self.scale is None else (x - self.mean) / self.scale
+        absent = torch.from_numpy(rows < 0)
+        x = self.teacher.index_select(0, torch.from_numpy(rows).clamp(min=0)).float()
+        if self.mean is not None and self.scale is not None:
+            x = (x - self.mean) / self.scale
+        return x.masked_fill_(absent[:, None], 0.0) if self.where is not None else x
 
     def batch(self, rows: np.ndarray, packed: bool) -> Batch:
         """Collate examples; inside a batch they are ordered by length, longest first."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
-import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import as_completed
 from functools import cache
 from typing import Any
 
@@ -20,72 +18,14 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from armada_lib import engine, evaluation, features, profiles, students, teachers
+from armada_lib import engine, evaluation, features, profiles, students
 from armada_lib.batching import Encoded
+from armada_lib.extraction import extract, feature_store, pool
 from armada_lib.methods import METHODS, READINGS, Setting
 from armada_lib.results import Result, RunSpec, RunStore
-from armada_lib.specs import device, examples
+from armada_lib.specs import examples
 
 log = logging.getLogger(__name__)
-
-
-# -- teacher vectors ---------------------------------------------------------------------------
-
-
-def feature_store(s: RunSpec, store: RunStore) -> features.Store:
-    """The store of the vectors that this run's teacher makes."""
-    assert s.teacher is not None and s.teacher_id is not None
-    who = profiles.load(s.profile).teacher(s.teacher)
-    meta = {"teacher": who.name, "checkpoint": who.checkpoint, "stands_for": who.stands_for}
-    return features.Store(store.features, s.teacher_id, who.width, meta=meta)
-
-
-def _texts(specs: Iterable[RunSpec]) -> dict[str, tuple[RunSpec, list[str]]]:
-    """Every text each teacher has to see, once, by fingerprint. Noise needs no teacher."""
-    wanted: dict[str, tuple[RunSpec, dict[str, None]]] = {}
-    for s in specs:
-        if s.teacher_id and METHODS[s.method].vectors != "random":
-            _, texts = wanted.setdefault(s.teacher_id, (s, {}))
-            for e in examples(s):
-                texts.update(dict.fromkeys(e.teacher_texts))
-    return {k: (s, list(texts)) for k, (s, texts) in wanted.items()}
-
-
-def extract(
-    specs: Sequence[RunSpec], store: RunStore, workers: int = 1, progress: bool = True
-) -> int:
-    """Compute the teacher vectors that these runs need and the store lacks; returns how many."""
-    todo = []
-    for s, texts in _texts(specs).values():
-        missing = feature_store(s, store).missing(texts)
-        step = max(64, math.ceil(len(missing) / (workers * 4)))
-        todo += [(s, missing[i : i + step]) for i in range(0, len(missing), step)]
-    total = sum(len(t) for _, t in todo)
-    if not total:
-        return 0
-    with tqdm(total=total, desc="teacher vectors", unit="text", disable=not progress) as bar:
-        if workers <= 1 or len(todo) == 1:
-            for s, texts in todo:
-                _extract(s, texts, store.root)
-                bar.update(len(texts))
-        else:
-            with _pool(workers) as pool:
-                jobs = {pool.submit(_extract, s, t, store.root): len(t) for s, t in todo}
-                for job in as_completed(jobs):
-                    job.result()
-                    bar.update(jobs[job])
-    return total
-
-
-def _extract(s: RunSpec, texts: list[str], root: Any) -> None:
-    assert s.teacher is not None
-    teacher = _teacher(s.profile, s.teacher)
-    feature_store(s, RunStore(root)).fill(texts, teacher.encode, progress=False)
-
-
-@cache
-def _teacher(profile: str, name: str) -> Any:
-    return teachers.load(profiles.load(profile).teacher(name), device().type)
 
 
 # -- one run -----------------------------------------------------------------------------------
@@ -159,10 +99,10 @@ def build(
         held.per_example,
         pad,
     )
-    width = None
+    width, absent = None, 0
     if entry.vectors:
         width = p.teacher(s.teacher).width  # type: ignore[arg-type]
-        _attach(s, store, train, held, tr, ev, width)
+        absent = _attach(s, store, train, held, tr, ev, width)
     setting = Setting(
         kind=task.kind, outputs=task.outputs, training=t, seed=s.seed, alpha=s.alpha, beta=s.beta,
         gamma=s.gamma, tau=s.tau, manifold=s.manifold or "euclid", reading=s.reading or "paper",
@@ -171,6 +111,7 @@ def build(
     method = entry.build(setting, student)
     facts = {
         "train": len(train), "evaluation": len(held), "cut": cut + held_cut, "split": t.split,
+        "texts_without_vector": absent,
         "sources": [train.source, held.source],
         "student_parameters": sum(x.numel() for x in student.model.parameters()) + _left_out(student),
         "branch_parameters": sum(x.numel() for x in student.branch.parameters()) if student.branch else 0,
@@ -189,8 +130,11 @@ def _left_out(student: students.Student) -> int:
 
 def _attach(
     s: RunSpec, store: RunStore, train: Any, held: Any, tr: Encoded, ev: Encoded, width: int
-) -> None:
-    """Give both splits their teacher vectors, or a control's."""
+) -> int:
+    """Give both splits their teacher vectors, or a control's; returns how many texts have none.
+
+    A text that a black box refused is given the mean of the training vectors.
+    """
     vectors = METHODS[s.method].vectors
     rng = np.random.default_rng([s.seed, 77])
     if vectors == "random":  # standard normal in the aligner's (standardised) space
@@ -198,15 +142,29 @@ def _attach(
             data.teacher = torch.from_numpy(
                 rng.standard_normal((len(data.tokens), width), np.float32)
             ).half()
-        return
-    fs = feature_store(s, store)
-    tr.teacher, ev.teacher = fs.matrix(train.teacher_texts), fs.matrix(held.teacher_texts)
+        return 0
+    assert s.teacher is not None
+    fs = feature_store(s.profile, s.teacher, store)
+    refused = set(fs.missing(train.teacher_texts + held.teacher_texts)) if _may_refuse(s) else set()
+    for data, texts in ((tr, train.teacher_texts), (ev, held.teacher_texts)):
+        given = [t for t in texts if t not in refused]
+        data.teacher = fs.matrix(given)
+        if len(given) < len(texts):
+            row = {t: i for i, t in enumerate(given)}
+            data.where = np.array([row.get(t, -1) for t in texts])
     if READINGS[s.reading or "paper"].standardise:
         mean, sd = features.moments(tr.teacher)
         tr.mean = ev.mean = torch.as_tensor(mean, dtype=torch.float32)
         tr.scale = ev.scale = torch.as_tensor(sd, dtype=torch.float32).clamp(min=1e-6)
     if vectors == "shuffled":
-        tr.where, ev.where = rng.permutation(len(tr.tokens)), rng.permutation(len(ev.tokens))
+        for data in (tr, ev):
+            order = rng.permutation(len(data.tokens))
+            data.where = order if data.where is None else data.where[order]
+    return sum(int((d.where < 0).sum()) for d in (tr, ev) if d.where is not None)
+
+
+def _may_refuse(s: RunSpec) -> bool:
+    return profiles.load(s.profile).teacher(s.teacher).kind == "blackbox"  # type: ignore[arg-type]
 
 
 def compute(
@@ -297,29 +255,13 @@ def study(
                 run(s, store)
                 bar.update()
         else:
-            with _pool(workers) as pool:
-                jobs = {pool.submit(_run, s, store.root): s for s in missing}
+            with pool(workers) as processes:
+                jobs = {processes.submit(_run, s, store.root): s for s in missing}
                 for job in as_completed(jobs):
                     job.result()
                     bar.set_postfix_str(jobs[job].label)
                     bar.update()
     return [run(s, store) for s in specs]
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Spawned processes of one thread: two of them finish more than one with two threads."""
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_worker)
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def _worker() -> None:
-    torch.set_num_threads(1)
 
 
 def _run(s: RunSpec, root: Any) -> None:

@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError
 from test_results import result, run_spec
 
-from armada_lib import profiles, runs, specs, students, tasks
+from armada_lib import extraction, profiles, runs, specs, students, tasks
 from armada_lib.methods import METHODS
 from armada_lib.profiles import MANIFOLDS, READINGS, Training, Unknown
 from armada_lib.results import RunStore
@@ -25,7 +25,11 @@ LOAD_STUDENT = students.load
 @pytest.fixture(autouse=True)
 def no_work(monkeypatch):
     """Loading a teacher, building a student or training fails the test."""
-    for module, name in ((runs.teachers, "load"), (runs.students, "load"), (runs.engine, "train")):
+    for module, name in (
+        (extraction.teachers, "load"),
+        (runs.students, "load"),
+        (runs.engine, "train"),
+    ):
         monkeypatch.setattr(module, name, lambda *a, n=name, **k: pytest.fail(f"{n} was called"))
 
 

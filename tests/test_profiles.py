@@ -193,8 +193,14 @@ def test_a_bad_value_is_named_with_what_was_given(setting, value):
         (lambda raw: raw.update(colour="red"), r"^own.yaml: colour: .*\(got 'red'\)$"),
         (lambda raw: raw.pop("nlu"), r"^own.yaml: nlu: Field required"),
         (lambda raw: raw["students"]["bert-6l"].update(pool="cls"), r"students.bert-6l.pool"),
-        (lambda raw: raw["teachers"]["sd14"].update(width=-4), r"teachers.sd14.image.width.*\(got -4\)"),
-        (lambda raw: raw["teachers"]["sd14"].update(kind="smell"), r"teachers.sd14: .*'smell'.*'image'"),
+        (
+            lambda raw: raw["teachers"]["sd14"].update(width=-4),
+            r"teachers.sd14.image.width.*\(got -4\)",
+        ),
+        (
+            lambda raw: raw["teachers"]["sd14"].update(kind="smell"),
+            r"teachers.sd14: .*'smell'.*'image'",
+        ),
         (lambda raw: raw["armada"]["paper"].update(alpha=1.5), r"armada.paper.alpha.*\(got 1.5\)"),
         (lambda raw: raw["armada"]["paper"].update(tau=0), r"armada.paper.tau.*\(got 0\)"),
         (

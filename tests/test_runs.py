@@ -10,94 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
-from armada_lib import profiles, report, runs, specs, teachers
+from armada_lib import extraction, report, runs, specs, teachers
 from armada_lib.results import RunStore
 
 HERE = Path(__file__).parent
-
-
-def tiny_teacher(folder: Path) -> None:
-    """A random StableDiffusionPipeline of a few thousand weights, as the hub lays it out."""
-    import torch
-    from conftest import WORDS
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    torch.manual_seed(1)
-    vocab = folder.parent / "teacher-vocab.txt"
-    vocab.write_text(
-        "\n".join(
-            [
-                "[PAD]",
-                "[UNK]",
-                "[CLS]",
-                "[SEP]",
-                "[MASK]",
-                *WORDS,
-                *"abcdefghijklmnopqrstuvwxyz.,?!'",
-            ]
-        )
-    )
-    text = BertModel(BertConfig(vocab_size=len(vocab.read_text().split("\n")), hidden_size=32, num_hidden_layers=1,
-                                num_attention_heads=2, intermediate_size=32, initializer_range=0.5))  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4,
-                          down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2),
-        unet=UNet2DConditionModel(sample_size=4, in_channels=4, out_channels=4, layers_per_block=1,
-                                  block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=32,
-                                  attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), text_encoder=text,
-        tokenizer=BertTokenizerFast(vocab=str(vocab), model_max_length=16),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.save_pretrained(folder)
-
-
-@pytest.fixture(scope="session")
-def root(checkpoints, tmp_path_factory) -> Path:
-    """A project folder with a profile `tiny`: tiny student, tiny teacher, a few mini rows."""
-    base = tmp_path_factory.mktemp("root")
-    tiny_teacher(base / "teacher")
-    mini = profiles.ROOT / "book" / "data" / "mini"
-    for group, task in (("glue", "cola"), ("super_glue", "copa")):
-        (base / "book/data/mini" / group / task).mkdir(parents=True)
-        for split in ("train", "validation"):
-            rows = (mini / group / task / f"{split}.jsonl").read_text().splitlines()[:24]
-            (base / "book/data/mini" / group / task / f"{split}.jsonl").write_text("\n".join(rows))
-    raw = yaml.safe_load((profiles.ROOT / "params/profiles/mini.yaml").read_text())
-    raw["about"] = "tests"
-    raw["students"] = {"bert-6l": {"checkpoint": checkpoints["bert"].checkpoint}}
-    raw["teachers"] = {"sd14": {"kind": "image", "checkpoint": str(base / "teacher"), "width": 64, "steps": 2,
-                                "guidance": 7.5, "size": 8}}  # fmt: skip
-    raw["training"]["default"] = {
-        "epochs": 2,
-        "batch_size": 8,
-        "student_lr": 1e-3,
-        "precision": "fp32",
-    }
-    (base / "params/profiles").mkdir(parents=True)
-    (base / "params/profiles/tiny.yaml").write_text(yaml.safe_dump(raw))
-    return base
-
-
-@pytest.fixture
-def project(root, monkeypatch):
-    monkeypatch.setattr(profiles, "ROOT", root)
-    profiles.load.cache_clear()
-    specs._examples.cache_clear()
-    runs._teacher.cache_clear()
-    yield root
-    profiles.load.cache_clear()
-    specs._examples.cache_clear()
-    runs._teacher.cache_clear()
 
 
 def everything(store: RunStore, specs) -> dict[str, tuple]:
@@ -222,7 +139,7 @@ def test_controls_read_what_they_say(project, store):
         for m in ("armada", "shuffled", "random", "layers_only", "undistilled")
     }
     RunStore().check()
-    runs.extract(list(s.values()), RunStore(), progress=False)
+    extraction.extract(list(s.values()), RunStore(), progress=False)
     built = {m: runs.build(x, RunStore()) for m, x in s.items()}
     texts = np.arange(48)
     real, mixed = (built[m][2].vectors(texts) for m in ("armada", "shuffled"))

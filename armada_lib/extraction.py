@@ -1,0 +1,173 @@
+"""Teacher vectors of runs, tasks or plain texts: what the store lacks is computed once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from armada_lib import features, profiles, specs, tasks, teachers
+from armada_lib.methods import METHODS
+from armada_lib.results import RunSpec, RunStore
+
+FILES = (".txt", ".csv", ".jsonl")
+
+
+def feature_store(profile: str, teacher: str, store: RunStore) -> features.Store:
+    """The store of this teacher's vectors, read by its fingerprint on this machine's device."""
+    who = profiles.load(profile).teacher(teacher)
+    meta = {"teacher": who.name, "checkpoint": who.checkpoint, "stands_for": who.stands_for}
+    fingerprint = teachers.fingerprint(who, specs.device().type)
+    return features.Store(store.features, fingerprint, who.width, meta=meta)
+
+
+def extract(
+    wanted: Sequence[RunSpec], store: RunStore, workers: int = 1, progress: bool = True
+) -> int:
+    """Compute the vectors that these runs need and the store lacks; returns how many."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for s in wanted:
+        if s.teacher and METHODS[s.method].vectors != "random":  # noise needs no teacher
+            texts = found.setdefault((s.profile, s.teacher), {})
+            for e in specs.examples(s):
+                texts.update(dict.fromkeys(e.teacher_texts))
+    return sum(fill(p, t, list(texts), store, workers, progress) for (p, t), texts in found.items())
+
+
+def fill(
+    profile: str,
+    teacher: str,
+    texts: Sequence[str],
+    store: RunStore,
+    workers: int = 1,
+    progress: bool = True,
+) -> int:
+    """Compute the vectors of `texts` that the store lacks, in `workers` processes of one thread.
+
+    Returns how many were computed. Raises what the teacher raises; what it made before is kept.
+    """
+    missing = feature_store(profile, teacher, store).missing(texts) if texts else []
+    if not missing:
+        return 0
+    step = max(64, math.ceil(len(missing) / (workers * 4)))
+    parts = [missing[i : i + step] for i in range(0, len(missing), step)]
+    if workers <= 1 or len(parts) == 1:
+        return _fill(profile, teacher, missing, store.root, progress)
+    with (
+        tqdm(total=len(missing), desc=_bar(teacher), unit="text", disable=not progress) as bar,
+        pool(workers) as processes,
+    ):
+        jobs = {
+            processes.submit(_fill, profile, teacher, p, store.root, False): len(p) for p in parts
+        }
+        computed = 0
+        for job in as_completed(jobs):
+            computed += job.result()
+            bar.update(jobs[job])
+    return computed
+
+
+def _fill(profile: str, teacher: str, texts: list[str], root: Any, progress: bool) -> int:
+    store = feature_store(profile, teacher, RunStore(root))
+    return store.fill(texts, load(profile, teacher).encode, progress=progress)
+
+
+def _bar(teacher: str) -> str:
+    return f"vectors of {teacher}"
+
+
+@cache
+def load(profile: str, teacher: str) -> Any:
+    """The teacher on this machine's device; loaded once a process."""
+    return teachers.load(profiles.load(profile).teacher(teacher), specs.device().type)
+
+
+@contextlib.contextmanager
+def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Spawned processes of one thread: two of them finish more than one with two threads."""
+    found = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_worker)
+    try:
+        yield found
+    except BaseException:
+        found.shutdown(wait=False, cancel_futures=True)
+        raise
+    found.shutdown()
+
+
+def _worker() -> None:
+    torch.set_num_threads(1)
+
+
+# -- texts and what they cost -------------------------------------------------------------------
+
+
+def read(sources: Iterable[str], profile: str) -> list[str]:
+    """Texts of tasks, by name (both splits, at the profile's sizes), and of files, each once.
+
+    A file has one text a line (.txt), a column `text` (.csv) or an entry `text` a line (.jsonl).
+    Raises ValueError naming what is wrong with a source, and where.
+    """
+    found: dict[str, None] = {}
+    for source in sources:
+        path = Path(source)
+        if path.suffix in FILES:
+            found.update(dict.fromkeys(_file(path)))
+            continue
+        if source not in tasks.TASKS and ("/" in source or path.exists()):
+            raise ValueError(f"{source}: a file of texts ends in {', '.join(FILES)}")
+        for e in specs.examples(specs.spec(profile, source, "undistilled")):
+            found.update(dict.fromkeys(e.teacher_texts))
+    return list(found)
+
+
+def _file(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file of texts")
+    with path.open(encoding="utf-8", newline="") as f:
+        try:
+            if path.suffix == ".txt":
+                rows = [line.rstrip("\r\n") for line in f]
+            elif path.suffix == ".csv":
+                rows = [r["text"] for r in csv.DictReader(f)]
+            else:
+                rows = [json.loads(line)["text"] for line in f if line.strip()]
+        except (KeyError, TypeError, json.JSONDecodeError) as e:
+            raise ValueError(f"{path}: no column or entry `text` ({e})") from None
+    for n, text in enumerate(rows):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{path}: text {n + 1} of {len(rows)} is empty: a teacher needs words")
+    if not rows:
+        raise ValueError(f"{path}: there is no text in it")
+    return rows
+
+
+def estimate(profile: str, teacher: str, texts: int) -> dict[str, int | None]:
+    """Bytes that `texts` new vectors take on disk, and the weights in memory (None = not known).
+
+    Reads the heads of weight files that are on this machine; fetches nothing.
+    """
+    who = profiles.load(profile).teacher(teacher)
+    found, known = 0, False
+    names = ("checkpoint", "text_encoder", "adapter", "spatial", "vocoder", "encoder", "painter")
+    for reference in filter(None, (getattr(who, n, None) for n in names)):
+        where = Path(profiles.resolve(reference)) if isinstance(reference, str) else None
+        for file in where.rglob("*.safetensors") if where and where.is_dir() else ():
+            known = True
+            with safe_open(file, "pt") as f:
+                found += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())  # noqa: SIM118
+    size = 2 if specs.device().type == "cuda" else 4
+    return {
+        "disk": texts * (who.width * 2 + features.KEY),
+        "weights": found * size if known else None,
+    }

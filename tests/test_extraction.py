@@ -1,0 +1,145 @@
+"""Vectors of tasks and files: read, estimated, computed once, shared between processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from armada_lib import __main__ as cli
+from armada_lib import extraction, profiles
+from armada_lib.results import RunStore
+
+CODE = Path(__file__).resolve().parents[1]
+SENTENCES = ["the cat sat", "a dog ran home", "the sun is up"]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_texts_come_from_tasks_and_three_kinds_of_file_each_once(project, tmp_path):
+    a = write(tmp_path / "a.txt", "the cat sat\na dog ran home\n")
+    b = write(tmp_path / "b.csv", 'label,text\n1,"a dog, ran home"\n0,the cat sat\n')
+    c = write(tmp_path / "c.jsonl", '{"text": "the sun is up"}\n\n{"text": "the cat sat"}\n')
+    expected = ["the cat sat", "a dog ran home", "a dog, ran home", "the sun is up"]
+    assert extraction.read([a, b, c], "tiny") == expected
+    cola = extraction.read(["cola"], "tiny")
+    assert len(cola) == 48 and extraction.read(["cola", a, "cola"], "tiny") == [
+        *cola,
+        *expected[:2],
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", "one\n\nthree\n", "text 2 of 3 is empty"),
+        ("a.txt", "", "no text in it"),
+        ("a.csv", "sentence\nhello\n", "no column or entry `text`"),
+        ("a.jsonl", '{"sentence": "x"}\n', "no column or entry `text`"),
+        ("a.jsonl", "hello\n", "no column or entry `text`"),
+        ("a.jsonl", '{"text": 3}\n', "text 1 of 1 is empty"),
+        ("a.json", "[]", "a file of texts ends in .txt, .csv, .jsonl"),
+    ],
+)
+def test_a_bad_file_is_named(project, tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=re.escape(message)) as e:
+        extraction.read([path], "tiny")
+    assert str(path) in str(e.value)
+
+
+def test_a_missing_file_and_a_misspelt_task_are_named(project, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no.txt: there is no such file"):
+        extraction.read([str(tmp_path / "no.txt")], "tiny")
+    with pytest.raises(ValueError, match="unknown task 'colla'; did you mean 'cola'"):
+        extraction.read(["colla"], "tiny")
+
+
+def test_filling_computes_what_is_missing_once(project, tmp_path):
+    store = RunStore(tmp_path)
+    fill = lambda texts, **k: extraction.fill("tiny", "sd14", texts, store, progress=False, **k)
+    assert fill(SENTENCES[:2]) == 2 and fill(SENTENCES) == 1 and fill(SENTENCES) == 0
+    assert fill([]) == 0
+    vectors = extraction.feature_store("tiny", "sd14", store).gather(SENTENCES)
+    expected = extraction.load("tiny", "sd14").encode(SENTENCES)
+    np.testing.assert_allclose(vectors, expected, atol=2e-2)
+
+
+def test_the_estimate_counts_rows_and_weights(project):
+    one, two = (extraction.estimate("tiny", "sd14", n) for n in (1000, 2000))
+    assert one["disk"] == 1000 * (64 * 2 + 16) and two["disk"] == 2 * one["disk"]
+    loaded = extraction.load("tiny", "sd14").pipeline
+    count = sum(
+        p.numel() for m in (loaded.unet, loaded.vae, loaded.text_encoder) for p in m.parameters()
+    )
+    assert one["weights"] == pytest.approx(4 * count, rel=0.02)
+
+
+def test_the_command_says_what_it_will_do_and_does_it(project, tmp_path, capsys):
+    texts = write(tmp_path / "t.txt", "\n".join(SENTENCES))
+    argv = ["extract", "--profile", "tiny", "--teacher", "sd14", "--texts", texts,
+            "--store", str(tmp_path / "s"), "--workers", "1"]  # fmt: skip
+    cli.main(argv)
+    said = capsys.readouterr().out
+    assert "3 texts, 0 stored, 3 to compute" in said and "done: 3 vectors computed" in said
+    cli.main(argv)
+    assert "3 texts, 3 stored, 0 to compute" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--teacher", "sd41"], "unknown teacher (profile tiny) 'sd41'; did you mean 'sd14'?"),
+        (["--profile", "tinny"], "unknown profile 'tinny'; did you mean 'tiny'?"),
+        (["--texts", "colla"], "unknown task 'colla'"),
+        (["--workers", "0"], "--workers must be at least 1"),
+    ],
+)
+def test_bad_input_to_the_command_is_one_line(project, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(extraction.teachers, "load", lambda *a: pytest.fail("a teacher was loaded"))
+    argv = ["extract", "--profile", "tiny", "--teacher", "sd14", "--texts", "cola",
+            "--store", str(tmp_path), *change]  # fmt: skip
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv)
+    assert message in str(e.value.code) and "\n" not in str(e.value.code)
+
+
+def test_two_processes_under_accelerate_share_the_texts(project, tmp_path):
+    texts = write(tmp_path / "t.txt", "\n".join(f"the cat sat on mat {i}" for i in range(12)))
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ARMADA_ROOT": str(project),
+        "PYTHONPATH": str(CODE),
+    }
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
+              "--main_process_port", "0", "--num_processes", "2", "-m", "armada_lib"]  # fmt: skip
+    command = [
+        "extract",
+        "--profile",
+        "tiny",
+        "--teacher",
+        "sd14",
+        "--texts",
+        texts,
+        "--store",
+        str(tmp_path),
+    ]
+    done = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (
+        "12 to compute" in done.stdout and "done: 6 vectors computed by this process" in done.stdout
+    )
+    store = extraction.feature_store("tiny", "sd14", RunStore(tmp_path))
+    sentences = extraction.read([texts], "tiny")
+    expected = extraction.load("tiny", "sd14").encode(sentences)
+    np.testing.assert_allclose(store.gather(sentences), expected, atol=2e-2)
+    assert project == profiles.ROOT
