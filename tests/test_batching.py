@@ -79,7 +79,7 @@ def test_vectors_are_standardised_and_shuffled_on_reading():
 def test_a_text_without_a_vector_gets_the_mean():
     d = data(3)
     d.teacher = torch.tensor([[1.0, 5.0], [3.0, 9.0]]).half()
-    d.mean, data.scale = torch.tensor([2.0, 7.0]), torch.tensor([1.0, 2.0])
+    d.mean, d.scale = torch.tensor([2.0, 7.0]), torch.tensor([1.0, 2.0])
     d.where = np.array([1, -1, 0])
     assert d.vectors(np.arange(3)).tolist() == [[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]]
 

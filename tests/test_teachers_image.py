@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -33,6 +37,15 @@ WORDS = [
 ]
 
 
+def tiny_unet(cross: int = 16) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=cross, attention_head_dim=2,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A StableDiffusionPipeline with random weights: pictures of 16 pixels, latents 4 x 8 x 8."""
@@ -48,16 +61,7 @@ def checkpoint(tmp_path_factory):
             latent_channels=4,
             sample_size=16,
         ),
-        unet=UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=2,
-        ),
+        unet=tiny_unet(),
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         text_encoder=BertModel(
             BertConfig(
@@ -232,6 +236,235 @@ def test_parts_without_a_text_encoder_need_one_and_read_text_json(checkpoint, tm
     (tmp_path / "text.json").write_text('{"tokens": 6}')
     profiles.file_digest.cache_clear()  # files are taken not to change within a process
     assert teachers.fingerprint(one) != teacher.fingerprint
+
+
+def test_another_process_gives_the_same_vectors(checkpoint, tmp_path):
+    spec, out = tiny(checkpoint), tmp_path / "vectors.npy"
+    code = (
+        "import json, sys, numpy, torch\n"
+        "from armada_lib import teachers\n"
+        "from armada_lib.settings import ImageSpec\n"
+        "from armada_lib.teachers import image\n"
+        "spec, texts, threads, out = sys.argv[1:]\n"
+        "torch.set_num_threads(int(threads))\n"
+        "image.precision = lambda device: 'fp32'\n"
+        "vectors = teachers.load(ImageSpec(**json.loads(spec))).encode(json.loads(texts))\n"
+        "numpy.save(out, vectors)\n"
+    )
+    texts, threads = json.dumps(TEXTS), str(torch.get_num_threads())
+    command = [sys.executable, "-c", code, spec.model_dump_json(), texts, threads, str(out)]
+    subprocess.run(command, check=True)
+    np.testing.assert_array_equal(np.load(out), teachers.load(spec).encode(TEXTS))
+
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+RANK = 4
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A random LoRA of linear and convolution layers of the tiny UNet, alpha 2 at rank 4."""
+    return make_adapter(tmp_path_factory.mktemp("adapter"), tiny_unet())
+
+
+def make_adapter(folder: Path, unet: UNet2DConditionModel) -> Path:
+    torch.manual_seed(1)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv_in"]
+    config = LoraConfig(r=RANK, lora_alpha=2, target_modules=targets, init_lora_weights=False)
+    unet.add_adapter(config)
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=config.to_dict(),
+    )
+    return folder
+
+
+def changed(adapter: Path, folder: Path, change) -> Path:
+    """A copy of the adapter whose tensors are `change(tensors)`; without its metadata."""
+    folder.mkdir()
+    save_file(change(load_file(adapter / ADAPTER)), folder / ADAPTER)
+    return folder
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_an_adapter_is_the_pipeline_with_that_adapter(checkpoint, adapter, scale):
+    """Against diffusers' own forward pass with the LoRA beside the weights, not in them."""
+    spec = tiny(checkpoint, adapter=str(adapter), adapter_scale=scale)
+    teacher = teachers.load(spec)
+    plain = teachers.load(tiny(checkpoint))
+    names = [n for n, _ in teacher.pipeline.unet.named_modules()]
+    assert names == [n for n, _ in plain.pipeline.unet.named_modules()]  # nothing more to run
+    vectors = teacher.encode(TEXTS[:1])
+    assert np.abs(vectors - plain.encode(TEXTS[:1])).max() > 0.05
+
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(adapter), adapter_name="style")
+    pipe.set_adapters("style", scale)
+    pipe.text_encoder.eval()
+    noise = torch.randn(
+        1, 4, 8, 8, generator=torch.Generator().manual_seed(common.seed(image.RECIPE, TEXTS[0]))
+    )
+    with torch.inference_mode():
+        latent = pipe(
+            TEXTS[0], height=16, width=16, num_inference_steps=3, guidance_scale=7.5,
+            latents=noise, output_type="latent",
+        ).images  # fmt: skip
+    np.testing.assert_allclose(vectors[0], latent.flatten().numpy(), atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_an_adapter_adds_scaled_products_to_the_weights(checkpoint, adapter, scale):
+    spec = tiny(checkpoint, adapter=str(adapter), adapter_scale=scale)
+    after = teachers.load(spec).pipeline.unet.state_dict()
+    before = teachers.load(tiny(checkpoint)).pipeline.unet.state_dict()
+    tensors = load_file(adapter / ADAPTER)
+    layers = {k.removeprefix("unet.").split(".lora")[0] for k in tensors}
+    assert set(before) == set(after)
+    for key, weight in before.items():
+        layer = key.removesuffix(".weight")
+        expected = weight
+        if layer in layers:
+            up, down = (tensors[f"unet.{layer}.lora_{x}.weight"].flatten(1) for x in "BA")
+            expected = weight + scale * 2 / RANK * (up @ down).view_as(weight)
+        torch.testing.assert_close(after[key], expected, atol=1e-5, rtol=1e-5)
+    assert {"conv_in", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"} < layers
+
+
+def test_half_an_adapter_is_the_adapter_at_half_its_scale(checkpoint, adapter, tmp_path):
+    def half(tensors):
+        return {k: v / 2 if "lora_B" in k else v for k, v in tensors.items()}
+
+    one = changed(adapter, tmp_path / "same", lambda tensors: tensors)
+    two = changed(adapter, tmp_path / "half", half)
+    vectors = [
+        teachers.load(tiny(checkpoint, adapter=str(folder), adapter_scale=scale)).encode(TEXTS)
+        for folder, scale in ((one, 0.5), (two, 1.0), (one, 1.0))
+    ]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=2e-3, rtol=2e-3)
+    assert np.abs(vectors[0] - vectors[2]).max() > 0.05
+
+
+def test_an_adapter_in_the_other_common_layout_with_alpha(checkpoint, adapter, tmp_path):
+    """`lora_unet_..._to_q.lora_down.weight` and `.alpha`: how most files on the hub look."""
+
+    def other(tensors):
+        found = {}
+        for key, value in tensors.items():
+            if "attn" in key:
+                layer, which = key.removeprefix("unet.").removesuffix(".weight").split(".lora_")
+                name = "lora_unet_" + layer.replace(".", "_")
+                found[f"{name}.lora_{dict(A='down', B='up')[which]}.weight"] = value
+                found[f"{name}.alpha"] = torch.tensor(1.0)
+        return found
+
+    def own(tensors):
+        return {k: v for k, v in tensors.items() if "attn" in k}
+
+    one = changed(adapter, tmp_path / "other", other)
+    two = changed(adapter, tmp_path / "own", own)  # without alpha: alpha is the rank
+    vectors = [
+        teachers.load(tiny(checkpoint, adapter=str(folder), adapter_scale=scale)).encode(TEXTS)
+        for folder, scale in ((one, 1.0), (two, 1 / RANK))
+    ]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=2e-3, rtol=2e-3)
+
+
+def without(word: str):
+    return lambda tensors: {k: v for k, v in tensors.items() if word not in k}
+
+
+def renamed(old: str, new: str):
+    return lambda tensors: {k.replace(old, new): v for k, v in tensors.items()}
+
+
+def one_more(tensors):
+    return tensors | {"unet.extra.to_q.lora_A.weight": torch.zeros(4, 16)}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (renamed("unet.", "transformer."), r"another model .* no layer for transformer\.conv_in"),
+        (renamed("attn", "nothing"), r"no layer for unet\.down_blocks.*nothing1"),
+        (renamed(".lora_A", ".other_A"), "no layer for .*other_A"),
+        (one_more, r"no layer for unet\.extra\.to_q"),
+        (without("attn2.to_q.lora_B"), "layers take 80 tensors, the file holds 76"),
+        (without("unet"), "layers take 0 tensors"),
+    ],
+    ids=["other part", "other names", "no lora", "one more", "half a layer", "empty"],
+)
+def test_an_adapter_is_taken_whole_or_refused(checkpoint, adapter, tmp_path, change, words):
+    folder = changed(adapter, tmp_path / "changed", change)
+    with pytest.raises(ValueError, match=words):
+        teachers.load(tiny(checkpoint, adapter=str(folder)))
+
+
+def test_an_adapter_of_another_width_names_layer_and_shapes(checkpoint, tmp_path):
+    folder = make_adapter(tmp_path, tiny_unet(cross=32))
+    words = (
+        r"another model than .*attn2\.to_k\.lora_A has shape \[4, 32\] in the file, \[4, 16\] in"
+    )
+    with pytest.raises(ValueError, match=words):
+        teachers.load(tiny(checkpoint, adapter=str(folder)))
+
+
+def test_an_adapter_must_be_safetensors(checkpoint, tmp_path):
+    (tmp_path / ADAPTER).write_bytes(b"these bytes are no tensors at all")
+    with pytest.raises(ValueError, match=f"{ADAPTER} is no safetensors file"):
+        teachers.load(tiny(checkpoint, adapter=str(tmp_path)))
+    torch.save({}, tmp_path / "lora.bin")
+    with pytest.raises(ValueError, match=r"'lora.bin' is no .safetensors file"):
+        teachers.load(tiny(checkpoint, adapter=str(tmp_path), adapter_file="lora.bin"))
+
+
+def test_a_missing_adapter_names_the_file_or_the_command(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(image, "_pipeline", None)  # found out before weights are loaded
+    with pytest.raises(FileNotFoundError, match=rf"has no file {ADAPTER} .*{tmp_path}"):
+        teachers.load(tiny(checkpoint, adapter=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="asset:no-such"):
+        teachers.load(tiny(checkpoint, adapter="asset:no-such"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    words = "`hf download nobody/nothing a.safetensors --revision main`"
+    spec = tiny(
+        checkpoint,
+        adapter="nobody/nothing",
+        adapter_file="a.safetensors",
+        adapter_revision="main",
+    )
+    with pytest.raises(FileNotFoundError, match=words):
+        teachers.load(spec)
+
+
+def test_fingerprint_covers_the_adapter_only_where_there_is_one(checkpoint, adapter, tmp_path):
+    plain = teachers.fingerprint(tiny(checkpoint))
+    assert teachers.fingerprint(tiny(checkpoint, adapter_scale=0.5)) == plain
+    assert teachers.fingerprint(tiny(checkpoint, adapter_file="x.safetensors")) == plain
+    same = changed(adapter, tmp_path / "same", lambda tensors: tensors)
+    again = changed(adapter, tmp_path / "again", lambda tensors: tensors)
+    other = changed(adapter, tmp_path / "other", renamed("to_q", "to_v"))
+    (again / "README.md").write_text("a model card")
+    of = {
+        name: teachers.fingerprint(tiny(checkpoint, adapter=str(folder), **more))
+        for name, folder, more in (
+            ("same", same, {}),
+            ("again", again, {}),
+            ("other", other, {}),
+            ("scale", same, dict(adapter_scale=0.5)),
+        )
+    }
+    assert of["same"] == of["again"]
+    assert len({plain, *of.values()}) == 4
+
+
+def test_compile_is_asked_for_and_changes_no_vector(checkpoint):
+    one, two = (teachers.load(tiny(checkpoint, compile=flag)) for flag in (False, True))
+    assert teachers.fingerprint(tiny(checkpoint, compile=True)) == one.fingerprint
+    assert one.pipeline.unet._compiled_call_impl is None
+    assert two.pipeline.unet._compiled_call_impl is not None
+    with torch.compiler.set_stance("force_eager"):  # a real compilation takes half a minute
+        np.testing.assert_array_equal(two.encode(TEXTS), one.encode(TEXTS))
 
 
 @pytest.fixture(scope="module")
