@@ -18,7 +18,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from armada_lib import features, profiles, specs, tasks, teachers
-from armada_lib.methods import METHODS
+from armada_lib.methods import METHODS, READINGS
 from armada_lib.results import RunSpec, RunStore
 
 FILES = (".txt", ".csv", ".jsonl")
@@ -38,11 +38,16 @@ def extract(
     """Compute the vectors that these runs need and the store lacks; returns how many."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for s in wanted:
-        if s.teacher and METHODS[s.method].vectors != "random":  # noise needs no teacher
+        if s.teacher and not _noise(s):
             texts = found.setdefault((s.profile, s.teacher), {})
             for e in specs.examples(s):
                 texts.update(dict.fromkeys(e.teacher_texts))
     return sum(fill(p, t, list(texts), store, workers, progress) for (p, t), texts in found.items())
+
+
+def _noise(s: RunSpec) -> bool:
+    """Standardised noise needs no teacher; in the other reading it takes the teacher's moments."""
+    return METHODS[s.method].vectors == "random" and READINGS[s.reading or "paper"].standardise
 
 
 def fill(

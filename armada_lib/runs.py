@@ -137,11 +137,15 @@ def _attach(
     """
     vectors = METHODS[s.method].vectors
     rng = np.random.default_rng([s.seed, 77])
-    if vectors == "random":  # standard normal in the aligner's (standardised) space
+    standardised = READINGS[s.reading or "paper"].standardise
+    if vectors == "random":  # normal, with the moments that the teacher's vectors have there
+        mean, sd = np.zeros(width), np.ones(width)
+        if not standardised:
+            known = feature_store(s.profile, s.teacher, store)  # type: ignore[arg-type]
+            mean, sd = features.moments(known.matrix(train.teacher_texts))
         for data in (tr, ev):
-            data.teacher = torch.from_numpy(
-                rng.standard_normal((len(data.tokens), width), np.float32)
-            ).half()
+            noise = rng.standard_normal((len(data.tokens), width), np.float32)
+            data.teacher = torch.from_numpy(noise * sd + mean).half()
         return 0
     assert s.teacher is not None
     fs = feature_store(s.profile, s.teacher, store)
@@ -152,7 +156,7 @@ def _attach(
         if len(given) < len(texts):
             row = {t: i for i, t in enumerate(given)}
             data.where = np.array([row.get(t, -1) for t in texts])
-    if READINGS[s.reading or "paper"].standardise:
+    if standardised:
         mean, sd = features.moments(tr.teacher)
         tr.mean = ev.mean = torch.as_tensor(mean, dtype=torch.float32)
         tr.scale = ev.scale = torch.as_tensor(sd, dtype=torch.float32).clamp(min=1e-6)

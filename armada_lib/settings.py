@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 READINGS = ("paper", "released")
 MANIFOLDS = ("cosine", "euclid", "elementwise")
@@ -126,10 +126,15 @@ class BlackboxSpec(_Teacher):
     """Anything that returns a picture or a sound for a text, and nothing else.
 
     `source`: "api" (an endpoint that speaks the OpenAI images API), "folder" (files made before) or
-    "painter" (another teacher of the profile, read at its pictures only: a stand-in for a service).
-    `folder` keeps what came back, so that no text is asked or paid for twice. `encoder` turns a
-    picture into a vector: "efficientnet-lite0", or the hub id of a CLIP or ResNet checkpoint; a sound
-    by "log-mel" or the hub id of a wav2vec2 checkpoint.
+    "painter" (an image model of ours, read at its pictures only: a stand-in for a service).
+    `folder` keeps what came back, so that no text is asked or paid for twice; None puts it into the
+    store; $NAME in it stands for an environment variable. `encoder` turns a picture into a vector:
+    "efficientnet-lite0", or the hub id of a CLIP or ResNet checkpoint; a sound by "log-mel" or the
+    hub id of a wav2vec2 checkpoint.
+
+    Of an api: `key_variable` names the environment variable that holds the key (None: it asks for
+    none), `max_calls` bounds all calls ever made for the folder, `timeout` (seconds) one call, and
+    `backoff` (seconds) is the first wait before it is asked again, up to `retries` times.
     """
 
     kind: Literal["blackbox"] = "blackbox"
@@ -137,20 +142,30 @@ class BlackboxSpec(_Teacher):
     folder: str | None = None
     encoder: str
     encoder_revision: str | None = None
-    painter: str | None = None
+    painter: ImageSpec | None = None
     base_url: str | None = None
     model: str | None = None
-    size: str = "512x512"
-    key_variable: str = "ARMADA_API_KEY"
+    size: str = Field("512x512", pattern=r"^([1-9]\d{1,4}x[1-9]\d{1,4}|auto)$")
+    key_variable: str | None = Field("ARMADA_API_KEY", pattern=r"^[A-Za-z_]\w*$")
     max_calls: int = Field(1000, gt=0)
-    concurrency: int = Field(4, gt=0)
+    concurrency: int = Field(4, gt=0, le=64)
     timeout: float = Field(120.0, gt=0, allow_inf_nan=False)
-    retries: int = Field(5, ge=0)
+    retries: int = Field(5, ge=0, le=20)
+    backoff: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _complete(self) -> BlackboxSpec:
+        needs = {"api": ("base_url", "model"), "folder": ("folder",), "painter": ("painter",)}
+        if lacking := [name for name in needs[self.source] if not getattr(self, name)]:
+            raise ValueError(f"source {self.source!r} needs {' and '.join(lacking)}")
+        return self
 
     @property
     def checkpoint(self) -> str:
         """What is asked, in the place where other teachers name their checkpoint."""
-        return f"{self.source}: {self.model or self.painter or self.folder}"
+        painter = self.painter.checkpoint if self.painter else None
+        asked = {"api": self.model, "folder": self.folder, "painter": painter}
+        return f"{self.source}: {asked[self.source]}"
 
 
 TeacherSpec = Annotated[

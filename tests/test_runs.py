@@ -148,6 +148,12 @@ def test_controls_read_what_they_say(project, store):
     assert abs(real.mean().item()) < 0.02 and abs(real.std().item() - 1) < 0.02
     noise = built["random"][2].vectors(texts)
     assert abs(noise.mean().item()) < 0.05 and abs(noise.std().item() - 1) < 0.05
+    raw = {m: specs.spec("tiny", "copa", m, reading="released") for m in ("armada", "random")}
+    extraction.extract(list(raw.values()), RunStore(), progress=False)
+    own, drawn = (runs.build(x, RunStore())[2].vectors(texts) for x in raw.values())
+    error = own.std(0) / len(texts) ** 0.5
+    assert ((own.mean(0) - drawn.mean(0)).abs() < 5 * error).all()
+    assert (drawn.std(0) / own.std(0)).mean().item() == pytest.approx(1, abs=0.05)
     assert built["layers_only"][2].teacher is None and built["layers_only"][1].aligner is None
     assert built["undistilled"][0].branch is None
 
