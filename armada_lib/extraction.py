@@ -62,9 +62,14 @@ def fill(
 
     Returns how many were computed. Raises what the teacher raises; what it made before is kept.
     """
-    missing = feature_store(profile, teacher, store).missing(texts) if texts else []
+    if not texts:
+        return 0
+    refused = refusals(profile, teacher, texts)
+    missing = [t for t in feature_store(profile, teacher, store).missing(texts) if t not in refused]
     if not missing:
         return 0
+    if profiles.load(profile).teacher(teacher).kind == "blackbox":
+        load(profile, teacher).check(missing)
     step = max(64, math.ceil(len(missing) / (workers * 4)))
     parts = [missing[i : i + step] for i in range(0, len(missing), step)]
     if workers <= 1 or len(parts) == 1:
@@ -84,8 +89,15 @@ def fill(
 
 
 def _fill(profile: str, teacher: str, texts: list[str], root: Any, progress: bool) -> int:
-    store = feature_store(profile, teacher, RunStore(root))
-    return store.fill(texts, load(profile, teacher).encode, progress=progress)
+    who, store = load(profile, teacher), feature_store(profile, teacher, RunStore(root))
+    if hasattr(who, "collect"):  # a black box answers first, and may refuse
+        texts = who.collect(texts)
+    return store.fill(texts, who.encode, progress=progress) if texts else 0
+
+
+def refusals(profile: str, teacher: str, texts: Sequence[str]) -> set[str]:
+    """Texts that a black box is known to have refused."""
+    return teachers.refused(profiles.load(profile).teacher(teacher), texts, specs.device().type)
 
 
 def _bar(teacher: str) -> str:

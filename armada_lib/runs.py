@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from armada_lib import engine, evaluation, features, profiles, students
 from armada_lib.batching import Encoded
-from armada_lib.extraction import extract, feature_store, pool
+from armada_lib.extraction import extract, feature_store, pool, refusals
 from armada_lib.methods import METHODS, READINGS, Setting
 from armada_lib.results import Result, RunSpec, RunStore
 from armada_lib.specs import examples
@@ -149,7 +149,7 @@ def _attach(
         return 0
     assert s.teacher is not None
     fs = feature_store(s.profile, s.teacher, store)
-    refused = set(fs.missing(train.teacher_texts + held.teacher_texts)) if _may_refuse(s) else set()
+    refused = refusals(s.profile, s.teacher, train.teacher_texts + held.teacher_texts)
     for data, texts in ((tr, train.teacher_texts), (ev, held.teacher_texts)):
         given = [t for t in texts if t not in refused]
         data.teacher = fs.matrix(given)
@@ -165,10 +165,6 @@ def _attach(
             order = rng.permutation(len(data.tokens))
             data.where = order if data.where is None else data.where[order]
     return sum(int((d.where < 0).sum()) for d in (tr, ev) if d.where is not None)
-
-
-def _may_refuse(s: RunSpec) -> bool:
-    return profiles.load(s.profile).teacher(s.teacher).kind == "blackbox"  # type: ignore[arg-type]
 
 
 def compute(

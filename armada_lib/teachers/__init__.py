@@ -8,6 +8,7 @@ number of processes.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,3 +45,9 @@ def load(spec: TeacherSpec, device: str = "cpu") -> Teacher:
 def fingerprint(spec: TeacherSpec, device: str = "cpu") -> str:
     """Hash of everything that changes the vectors, computed without loading weights."""
     return _module(spec).fingerprint(spec, device)
+
+
+def refused(spec: TeacherSpec, texts: Sequence[str], device: str = "cpu") -> set[str]:
+    """Texts known to get no vector, because a black box would not answer them; asks for nothing."""
+    module = _module(spec)
+    return set(module.refused(spec, texts, device)) if hasattr(module, "refused") else set()

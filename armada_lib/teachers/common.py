@@ -73,6 +73,39 @@ def check_vectors(vectors: np.ndarray, texts: list[str], name: str) -> None:
             )
 
 
+def model(kind: Any, reference: str, revision: str | None, device: str) -> Any:
+    """The frozen fp32 model of class `kind`, with no weight left as it was drawn."""
+    options = dict(use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    loaded, found = pretrained(kind, reference, revision, **options)
+    if found["missing_keys"]:
+        raise ValueError(f"{reference} lacks weights: {sorted(found['missing_keys'])[:4]}")
+    return loaded.to(device).eval().requires_grad_(False)
+
+
+def pretrained(kind: Any, reference: str, revision: str | None, **options: Any) -> Any:
+    """`kind.from_pretrained` of a reference; raises what `missing` says of weights that are not here."""
+    where = profiles.resolve(reference)
+    try:
+        return kind.from_pretrained(where, revision=revision or "main", **options)
+    except OSError as e:
+        raise missing(e, where, revision) from e
+
+
+def missing(error: Exception, where: str, revision: str | None) -> FileNotFoundError:
+    """The one error for weights that cannot be loaded: not there, or there only as a pickle."""
+    if "safetensors" in str(error):
+        return FileNotFoundError(
+            f"{where} has no safetensors weights, and a pickle is never loaded; convert it with "
+            "https://huggingface.co/spaces/safetensors/convert and set the revision to the pull "
+            "request it opens (refs/pr/N), or save it again with save_pretrained"
+        )
+    option = f" --revision {revision}" if revision else ""
+    return FileNotFoundError(
+        f"the weights of {where} are not here and cannot be fetched; get them with "
+        f"`hf download {where}{option}`"
+    )
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Progress bars and advice of the libraries below, off; restored afterwards."""
