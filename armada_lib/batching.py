@@ -178,8 +178,9 @@ class Encoded:
     """A split as token ids, beside its labels and teacher vectors.
 
     tokens: one int32 array a text; types: token types or None; teacher: a float16 matrix of width
-    m, may be memory-mapped, whose row `where[i]` (default i, -1 = it has none: the mean) is given to
-    text i; `mean`, `scale` standardise it (A24) when a batch is read.
+    m, may be memory-mapped, whose row `where[i]` (default i) is given to text i;
+    `mean`, `scale` standardise it (A24) when a batch is read. Where the row is -1 the text has no
+    vector and gets the mean: zeros if standardised, else `absent` (m,).
     """
 
     tokens: list[np.ndarray]
@@ -191,6 +192,7 @@ class Encoded:
     mean: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     where: np.ndarray | None = None
+    absent: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.lengths = np.array([len(t) for t in self.tokens], dtype=np.int64)
@@ -207,7 +209,10 @@ class Encoded:
         x = self.teacher.index_select(0, torch.from_numpy(rows).clamp(min=0)).float()
         if self.mean is not None and self.scale is not None:
             x = (x - self.mean) / self.scale
-        return x.masked_fill_(absent[:, None], 0.0) if self.where is not None else x
+        if self.where is None:
+            return x
+        mean = 0.0 if self.mean is not None or self.absent is None else self.absent
+        return torch.where(absent[:, None], mean, x)
 
     def batch(self, rows: np.ndarray, packed: bool) -> Batch:
         """Collate examples; inside a batch they are ordered by length, longest first."""

@@ -160,6 +160,8 @@ def _attach(
         mean, sd = features.moments(tr.teacher)
         tr.mean = ev.mean = torch.as_tensor(mean, dtype=torch.float32)
         tr.scale = ev.scale = torch.as_tensor(sd, dtype=torch.float32).clamp(min=1e-6)
+    elif refused:
+        tr.absent = ev.absent = torch.from_numpy(features.moments(tr.teacher)[0]).float()
     if vectors == "shuffled":
         for data in (tr, ev):
             order = rng.permutation(len(data.tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
+from PIL import Image
 
 from armada_lib import __main__ as cli
-from armada_lib import extraction, profiles
+from armada_lib import extraction, profiles, runs, specs
 from armada_lib.results import RunStore
 
 CODE = Path(__file__).resolve().parents[1]
@@ -143,3 +147,47 @@ def test_two_processes_under_accelerate_share_the_texts(project, tmp_path):
     expected = extraction.load("tiny", "sd14").encode(sentences)
     np.testing.assert_allclose(store.gather(sentences), expected, atol=2e-2)
     assert project == profiles.ROOT
+
+
+def boxed(project: Path, folder: Path, refused: int, lost: int = 0) -> None:
+    """A profile `boxed` whose teacher is a folder of one-coloured pictures of CoLA's texts."""
+    raw = yaml.safe_load((project / "params/profiles/tiny.yaml").read_text())
+    raw["teachers"] = {"box": {"kind": "blackbox", "source": "folder", "folder": str(folder),
+                               "encoder": "efficientnet-lite0", "width": 1280}}  # fmt: skip
+    (project / "params/profiles/boxed.yaml").write_text(yaml.safe_dump(raw))
+    folder.mkdir()
+    rng, lines = np.random.default_rng(0), []
+    for i, text in enumerate(extraction.read(["cola"], "tiny")[lost:]):
+        if i < refused:
+            lines.append({"text": text, "refused": "not allowed"})
+            continue
+        picture = rng.integers(0, 255, (8, 8, 3), np.uint8)
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        lines.append({"text": text, "file": f"{i}.png"})
+    (folder / "index.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def test_texts_that_a_black_box_refused_are_trained_on_with_the_mean(project, tmp_path):
+    boxed(project, tmp_path / "pictures", refused=5)
+    store = RunStore(tmp_path / "store")
+    s = specs.spec("boxed", "cola", "armada", teacher="box", epochs=1)
+    result = runs.run(s, store)
+    assert result.facts["texts_without_vector"] == 5
+    _, _, train, held, _ = runs.build(s, store)
+    absent = [np.flatnonzero(d.where < 0) for d in (train, held) if d.where is not None]
+    assert sum(map(len, absent)) == 5
+    assert (train.vectors(absent[0]) == 0).all() and train.vectors(np.arange(len(train))).any()
+    assert extraction.fill("boxed", "box", extraction.read(["cola"], "tiny"), store) == 0
+    raw = specs.spec("boxed", "cola", "armada", teacher="box", reading="released")
+    _, _, train, _, _ = runs.build(raw, store)
+    there, own = np.flatnonzero(train.where >= 0), np.flatnonzero(train.where < 0)
+    mean = train.vectors(there).mean(0)
+    torch.testing.assert_close(train.vectors(own)[0], mean, atol=2e-3, rtol=2e-3)
+
+
+def test_a_text_without_a_file_stops_before_any_work(project, tmp_path, monkeypatch):
+    boxed(project, tmp_path / "pictures", refused=2, lost=3)
+    monkeypatch.setattr(runs.engine, "train", lambda *a, **k: pytest.fail("training began"))
+    s = specs.spec("boxed", "cola", "armada", teacher="box", epochs=1)
+    with pytest.raises(ValueError, match="3 of 46 texts have no file in .*pictures"):
+        runs.study([s], RunStore(tmp_path / "store"), workers=1, progress=False)

@@ -390,7 +390,7 @@ def one_more(tensors):
         (renamed("attn", "nothing"), r"no layer for unet\.down_blocks.*nothing1"),
         (renamed(".lora_A", ".other_A"), "no layer for .*other_A"),
         (one_more, r"no layer for unet\.extra\.to_q"),
-        (without("attn2.to_q.lora_B"), "layers take 80 tensors, the file holds 76"),
+        (without("attn2.to_q.lora_B"), "layers take 82 tensors, the file holds 78"),
         (without("unet"), "layers take 0 tensors"),
     ],
     ids=["other part", "other names", "no lora", "one more", "half a layer", "empty"],
@@ -435,6 +435,22 @@ def test_a_missing_adapter_names_the_file_or_the_command(checkpoint, tmp_path, m
     )
     with pytest.raises(FileNotFoundError, match=words):
         teachers.load(spec)
+
+
+def test_an_adapter_on_the_hub_is_the_file_at_its_revision(checkpoint, adapter, monkeypatch):
+    asked = []
+
+    def download(repo, file, revision=None):
+        asked.append((repo, file, revision))
+        return str(adapter / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    spec = tiny(checkpoint, adapter="some/style", adapter_revision="abc")
+    teacher = teachers.load(spec)
+    assert set(asked) == {("some/style", ADAPTER, "abc")}
+    local = teachers.load(tiny(checkpoint, adapter=str(adapter)))
+    assert teacher.fingerprint == local.fingerprint  # the same bytes, wherever they are from
+    np.testing.assert_array_equal(teacher.encode(TEXTS), local.encode(TEXTS))
 
 
 def test_fingerprint_covers_the_adapter_only_where_there_is_one(checkpoint, adapter, tmp_path):
@@ -513,3 +529,36 @@ def test_painter_fits_the_repository_and_its_card_is_measured(painter):
         # the card is only worth having if the weights beside it know more than chance
         found = measured["retrieval"][group]
         assert found["top5"] - 3 * found["top5_se"] > measured["chance"]["top5"]
+
+
+@pytest.fixture(scope="module")
+def styled(painter):
+    return teachers.load(painter.spec.model_copy(update={"adapter": "asset:emoji-style"}))
+
+
+def colour(painter, texts: list[str]) -> float:
+    """Mean of the largest minus the smallest of red, green and blue, in 0..1."""
+    pictures = np.stack([np.asarray(p, float) for p in painter.paint(texts)]) / 255
+    return float((pictures.max(-1) - pictures.min(-1)).mean())
+
+
+def test_painter_with_its_style_paints_in_black_and_still_what_the_text_says(painter, styled):
+    assert styled.fingerprint != painter.fingerprint
+    texts = ["a red heart", "the black square", "a smiling face", "a blue circle"]
+    assert colour(painter, texts) > 4 * colour(styled, texts)
+    heart, square = (styled.encode([t])[0] for t in ("a red heart", "the black square"))
+    again = styled.encode(["this is a picture of a heart"])[0]
+    assert cosine(heart, again) > cosine(square, again)
+
+
+def test_painter_style_fits_the_repository_and_its_card_is_measured(painter, styled):
+    folder = Path(profiles.resolve("asset:emoji-style"))
+    assert (folder / ADAPTER).stat().st_size < 2e6
+    measured = json.loads((folder / "evaluation.json").read_text())
+    assert measured["settings"]["steps"] == styled.spec.steps
+    assert measured["settings"]["adapter_scale"] == styled.spec.adapter_scale
+    assert measured["bytes"] == (folder / ADAPTER).stat().st_size
+    for group in ("training", "held_out"):
+        own, none = (measured["retrieval"][group][k]["new"] for k in ("with", "without"))
+        assert own["top5"] - 3 * own["top5_se"] > measured["chance"]["top5"]
+        assert own["cosine_own"] > none["cosine_own"]  # nearer to the new style than without it
