@@ -122,6 +122,17 @@ class AudioSpec(_Teacher):
     batch_size: int = Field(8, gt=0)
 
 
+class TextSpec(_Teacher):
+    """A text encoder: a control that knows much about the text and has no second modality.
+
+    The vector is the mean over the tokens' last hidden states.
+    """
+
+    kind: Literal["text"] = "text"
+    checkpoint: str
+    revision: str | None = None
+
+
 class BlackboxSpec(_Teacher):
     """Anything that returns a picture or a sound for a text, and nothing else.
 
@@ -169,7 +180,7 @@ class BlackboxSpec(_Teacher):
 
 
 TeacherSpec = Annotated[
-    ImageSpec | VideoSpec | AudioSpec | BlackboxSpec, Field(discriminator="kind")
+    ImageSpec | VideoSpec | AudioSpec | TextSpec | BlackboxSpec, Field(discriminator="kind")
 ]
 
 

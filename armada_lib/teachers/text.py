@@ -1,0 +1,69 @@
+"""A text encoder as a teacher: the upper control, information without a second modality."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from armada_lib import profiles
+from armada_lib.settings import TextSpec
+from armada_lib.teachers import common
+
+RECIPE = "text-1"  # raise it when code below changes the vectors
+
+
+def fingerprint(spec: TextSpec, device: str = "cpu") -> str:
+    """sha256 over all that changes the vectors; reads files but loads no weights."""
+    return common.digest({
+        "recipe": RECIPE,
+        "checkpoint": profiles.identity(spec.checkpoint, spec.revision),
+        "settings": spec.model_dump(include={"kind", "width"}),
+    })  # fmt: skip
+
+
+def load(spec: TextSpec, device: str = "cpu") -> TextTeacher:
+    """See `armada_lib.teachers.load`."""
+    return TextTeacher(spec, device)
+
+
+class TextTeacher:
+    """The mean of a frozen encoder's token vectors. See `armada_lib.teachers`."""
+
+    def __init__(self, spec: TextSpec, device: str = "cpu") -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        self.name, self.width, self.batch_size = spec.name, spec.width, spec.batch_size
+        self.fingerprint = fingerprint(spec, device)
+        with common.quiet():
+            self.tokenizer = common.pretrained(AutoTokenizer, spec.checkpoint, spec.revision)
+            self.model = common.model(AutoModel, spec.checkpoint, spec.revision, device)
+        config = self.model.config
+        self.limit = min(self.tokenizer.model_max_length, config.max_position_embeddings)
+        if config.hidden_size != spec.width:
+            raise ValueError(
+                f"teacher {spec.name!r}: {spec.checkpoint} gives {config.hidden_size} numbers; "
+                f"its width is set to {spec.width}"
+            )
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Vectors of `texts`, float16 (n, width). Raises ValueError for an empty text."""
+        common.check_texts(texts)
+        out = np.empty((len(texts), self.width), np.float16)
+        for at in range(0, len(texts), self.batch_size):
+            part = texts[at : at + self.batch_size]
+            inputs = self.tokenizer(
+                part, padding=True, truncation=True, max_length=self.limit, return_tensors="pt"
+            ).to(self.model.device)
+            states, mask = self.model(**inputs).last_hidden_state, inputs.attention_mask[..., None]
+            out[at : at + len(part)] = ((states * mask).sum(1) / mask.sum(1)).cpu().numpy()
+            common.check_vectors(out[at : at + len(part)], part, self.name)
+        return out
+
+    def truncated(self, texts: list[str]) -> int:
+        """How many of `texts` are longer than the encoder reads."""
+        if not texts:
+            return 0
+        with common.quiet():
+            ids = self.tokenizer(texts, truncation=False, verbose=False).input_ids
+        return sum(len(row) > self.limit for row in ids)
