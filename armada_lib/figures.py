@@ -8,7 +8,8 @@ alone. matplotlib and seaborn are imported when a figure is drawn.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,4 +180,37 @@ def curve(df: pd.DataFrame, y: str = "loss", x: str = "step", hue: str = "method
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 2.5
     ax.legend(title=None, frameon=False)
     sns.despine(ax=ax)
+    return figure
+
+
+def gallery(rows: Mapping[str, Sequence[Any]], texts: Sequence[str]) -> Figure:
+    """Pictures (PIL) or spectrograms (bands, time): a row a text, a column a teacher.
+
+    An empty place (None) says so. ValueError if a teacher has not one entry a text.
+    """
+    for name, items in rows.items():
+        if len(items) != len(texts):
+            raise ValueError(f"{name}: {len(items)} pictures for {len(texts)} texts")
+    style()
+    from matplotlib.figure import Figure
+
+    wide = [max((x.width / x.height for x in items if hasattr(x, "height")), default=1.6)
+            for items in rows.values()]  # fmt: skip
+    figure = Figure(figsize=(WIDTH, 0.5 + 1.05 * len(texts)), layout="constrained")
+    axes = figure.subplots(len(texts), len(rows), squeeze=False, width_ratios=wide)
+    for j, (name, items) in enumerate(rows.items()):
+        axes[0, j].set_title(name, fontsize=11)
+        for i, item in enumerate(items):
+            ax = axes[i, j]
+            ax.set(xticks=[], yticks=[], frame_on=False)
+            if item is None:
+                ax.text(0.5, 0.5, "refused", ha="center", va="center", transform=ax.transAxes)
+            elif hasattr(item, "height"):
+                ax.imshow(item)
+            else:
+                ax.imshow(item, origin="lower", aspect="auto", cmap="viridis")
+    for i, text in enumerate(texts):
+        axes[i, 0].set_ylabel(
+            textwrap.fill(text, 22), rotation=0, ha="right", va="center", fontsize=9
+        )
     return figure

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from armada_lib import chapter, profiles, report, results, specs
+from armada_lib import chapter, profiles, report, results, specs, views
 from armada_lib import tasks as task_table
 from armada_lib.methods import METHODS
 from armada_lib.profiles import MANIFOLDS, READINGS, Profile, StudentSpec, TeacherSpec, check
@@ -20,6 +20,9 @@ NLU_PARAMETERS = (
     "profile", "teacher", "student", "tasks", "methods", "manifold", "reading", "seeds",
     "alpha", "beta", "gamma", "tau", "workers", "keep",
 )  # fmt: skip
+
+
+LOOKED_AT = ("cola", "stsb", "mnli", "qqp", "copa")  # tasks with short sentences
 
 
 def several(
@@ -120,6 +123,43 @@ def nlu(ns: dict[str, Any]) -> Plan:
                            student=student, teacher=got["teacher"], **weights)
     ]  # fmt: skip
     return Plan(name, got["teacher"], students, planned)
+
+
+TEACHER_PARAMETERS = ("profile", "teachers", "tasks", "workers")
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What the page on teachers shows: whose work, and for which sentences."""
+
+    profile: str
+    teachers: list[str]
+    texts: list[str]
+
+    @property
+    def visible(self) -> list[str]:
+        """The teachers that make something to look at."""
+        p = profiles.load(self.profile)
+        return [t for t in self.teachers if p.teacher(t).kind in views.SHOW]
+
+    def run_line(self) -> None:
+        """Show who plays whom."""
+        p = profiles.load(self.profile)
+        chapter.run_line({
+            "profile": f"{self.profile} ({p.about})",
+            **{t: played(p.teacher(t)) for t in self.teachers},
+        })  # fmt: skip
+
+
+def looks(ns: dict[str, Any]) -> Looks:
+    """Check the parameters of the page on teachers; nothing is computed yet."""
+    got = chapter.params(ns, TEACHER_PARAMETERS)
+    name = profiles.default() if got["profile"] == "auto" else got["profile"]
+    p = profiles.load(name)
+    chosen = several(got["teachers"], list(p.teachers), p.teachers, f"teacher (profile {name})")
+    wanted = several(got["tasks"], LOOKED_AT, task_table.TASKS, "task")
+    RunStore().check()
+    return Looks(name, chosen, views.sentences(name, wanted))
 
 
 # -- committed evidence ------------------------------------------------------------------------

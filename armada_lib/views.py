@@ -1,0 +1,101 @@
+"""What a teacher makes of a text, to be looked at, and what of the text its vectors keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from armada_lib import extraction, features, profiles, specs, stats
+from armada_lib.results import RunStore
+from armada_lib.teachers import encoders
+from armada_lib.teachers.sound import spectrogram
+
+Shown = list[Any]  # PIL pictures (the frames of a film), or one spectrogram (bands, time)
+
+
+def _blackbox(who: Any, texts: list[str]) -> list[Shown]:
+    there = set(who.collect(texts))
+    read = lambda text: who.collection.path(text).read_bytes()
+    if who.encoder.reads == "picture":
+        return [[encoders.picture(read(t))[0]] if t in there else [] for t in texts]
+    return [[spectrogram(*encoders.sound(read(t)))] if t in there else [] for t in texts]
+
+
+SHOW: dict[str, Callable[[Any, list[str]], list[Shown]]] = {
+    "image": lambda who, texts: [[picture] for picture in who.paint(texts)],
+    "video": lambda who, texts: who.film(texts),
+    "audio": lambda who, texts: [[spectrogram(*sound)] for sound in who.speak(texts)],
+    "blackbox": _blackbox,
+}
+
+
+def show(profile: str, teacher: str, texts: Sequence[str]) -> list[Shown]:
+    """For every text the teacher's picture, frames or spectrogram; nothing where it refused.
+
+    Raises ValueError for a text encoder: it makes nothing that can be looked at.
+    """
+    kind = profiles.load(profile).teacher(teacher).kind
+    if kind not in SHOW:
+        raise ValueError(f"teacher {teacher!r} of kind {kind!r} makes nothing to look at")
+    return SHOW[kind](extraction.load(profile, teacher), list(texts))
+
+
+def sentences(profile: str, tasks: Sequence[str], longest: int = 60) -> list[str]:
+    """The first text of at most `longest` characters in each task's validation split."""
+    found = []
+    for task in tasks:
+        _, held = specs.examples(specs.spec(profile, task, "undistilled"))
+        short = [t for t in held.first if len(t) <= longest]
+        if not short:
+            raise ValueError(f"{task} has no text of {longest} characters or fewer")
+        found.append(short[0])
+    return found
+
+
+def likeness(
+    profile: str, teachers: Sequence[str], store: RunStore, workers: int = 1
+) -> pd.DataFrame:
+    """How far each teacher's vectors agree with people about which sentences mean the same.
+
+    Spearman correlation between the cosine of two sentences' vectors, standardised over all
+    sentences as the aligner sees them, and the human score of the pair: STS-B's validation split.
+    Columns teacher, width, pairs, rho, low, high (95 % bootstrap interval over pairs).
+    """
+    _, held = specs.examples(specs.spec(profile, "stsb", "undistilled"))
+    assert held.second is not None
+    texts, rows = list(dict.fromkeys(held.first + held.second)), []
+    for name in teachers:
+        extraction.fill(profile, name, texts, store, workers)
+        refused = extraction.refusals(profile, name, texts)
+        pairs = [(a, b, y) for a, b, y in zip(held.first, held.second, held.labels, strict=True)
+                 if a not in refused and b not in refused]  # fmt: skip
+        vectors = extraction.feature_store(profile, name, store)
+        x = vectors.gather([p[0] for p in pairs] + [p[1] for p in pairs]).astype(np.float64)
+        mean, sd = features.moments(x)
+        x = (x - mean) / np.maximum(sd, 1e-6)
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        cosine = (x[: len(pairs)] * x[len(pairs) :]).sum(1)
+        r = stats.spearman(cosine, [p[2] for p in pairs])
+        width = profiles.load(profile).teacher(name).width
+        found = {"pairs": len(pairs), "rho": r.rho, "low": r.low, "high": r.high}
+        rows.append({"teacher": name, "width": width, **found})
+    return pd.DataFrame(rows)
+
+
+def sheet(shown: Sequence[Shown], height: int = 96) -> list[Any]:
+    """One picture a text: frames side by side; a spectrogram stays an array; None for nothing."""
+    out: list[Any] = []
+    for item in shown:
+        if not item or not isinstance(item[0], Image.Image):
+            out.append(item[0] if item else None)
+            continue
+        frames = [f.convert("RGB").resize((height, height), Image.Resampling.LANCZOS) for f in item]
+        whole = Image.new("RGB", (height * len(frames), height), "white")
+        for i, frame in enumerate(frames):
+            whole.paste(frame, (i * height, 0))
+        out.append(whole)
+    return out
