@@ -95,18 +95,18 @@ def packed_attention(
             "packed attention needs the batch's `packing`; use a model's own attention otherwise"
         )
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    heads, width = query.shape[1], query.shape[3]
+    width, grouped = query.shape[3], query.shape[1] != key.shape[1]
     out = []
     split = [
         t[0].transpose(0, 1).split(packing.sizes) for t in (query, key, value)
     ]  # (tokens, heads, width)
     for g, q, k, v in zip(packing.groups, *split, strict=True):
-        pad = lambda x, g=g: _padded(x, g, heads, width)
+        pad = lambda x, g=g: _padded(x, g, x.shape[1], width)
         o = F.scaled_dot_product_attention(
             pad(q), pad(k), pad(v), attn_mask=None if causal else g.mask,
-            dropout_p=dropout, is_causal=causal, scale=scaling,
+            dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped,
         )  # fmt: skip
-        o = o.transpose(1, 2).reshape(g.count * g.longest, heads, width)
+        o = o.transpose(1, 2).reshape(g.count * g.longest, query.shape[1], width)
         out.append(o if g.slots is None else o.index_select(0, g.slots))
     return torch.cat(out)[None], None
 

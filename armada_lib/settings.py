@@ -35,13 +35,30 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Lora(Strict):
+    """The adapter through which a generating student is tuned (A23; the paper gives the rank)."""
+
+    rank: int = Field(8, gt=0)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+
 class StudentSpec(Strict):
-    """A language model to be taught. `pooling` None = what the checkpoint's family uses (A14)."""
+    """A language model to be taught. `pooling` None = what the checkpoint's family uses (A14).
+
+    With `lora` it is a causal model that generates. `gguf`: the file to unpack in a folder without
+    safetensors; `bits`: 4 loads it quantised, on a GPU.
+    """
 
     name: str
     checkpoint: str
     revision: str | None = None
     pooling: Literal["cls", "last", "mean"] | None = None
+    lora: Lora | None = None
+    gguf: str | None = None
+    bits: Literal[4] | None = None
+    checkpointing: bool = False
     stands_for: str = ""
     note: str = ""
 

@@ -78,10 +78,11 @@ class Progress:
 
 
 def weights(student: Student, method: Method) -> Iterable[tuple[str, Tensor]]:
-    """Every parameter of the student and of the method's parts, by name."""
+    """Every trained parameter of the student and of the method's parts, by name."""
     for name, module in {"student": student, **method.parts}.items():
         for key, value in module.named_parameters():
-            yield f"{name}/{key}", value
+            if value.requires_grad:
+                yield f"{name}/{key}", value
 
 
 @torch.no_grad()

@@ -265,7 +265,7 @@ def load(
                  "pooler_dropout", "cls_dropout", "classifier_dropout")  # fmt: skip
         changed |= {n: dropout for n in names if getattr(config, n, None) is not None}
     torch.manual_seed(seed)  # the head is drawn from the global generator by transformers
-    with _quiet():
+    with quiet():
         model = AutoModelForSequenceClassification.from_pretrained(
             where, revision=spec.revision, dtype=torch.float32,
             attn_implementation=PACKED if family.packs else "eager", **changed,
@@ -277,7 +277,7 @@ def load(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bar and no report that a head is new: it always is."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

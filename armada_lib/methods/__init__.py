@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from armada_lib.methods.armada import READINGS, Armada, Reading
 from armada_lib.methods.base import Method, Phase, Setting, Terms
+from armada_lib.methods.generation import ArmadaGeneration
 from armada_lib.students import Student
 
 Vectors = Literal["real", "shuffled", "random"]
@@ -24,16 +25,21 @@ class Entry(NamedTuple):
     distils: bool = True  # has loss weights, a manifold loss and a reading
 
 
+def _armada(setting: Setting, student: Student, **options: bool) -> Armada:
+    kind = ArmadaGeneration if setting.kind == "generation" else Armada
+    return kind(setting, student, **options)
+
+
 METHODS: dict[str, Entry] = {
     "undistilled": Entry(Method, "the student alone", distils=False),
-    "armada": Entry(Armada, "the paper's method", "real"),
-    "shuffled": Entry(Armada, "control: each text gets another text's teacher vector", "shuffled"),
-    "random": Entry(Armada, "control: noise with the teacher's mean and spread", "random"),
+    "armada": Entry(_armada, "the paper's method", "real"),
+    "shuffled": Entry(_armada, "control: each text gets another text's teacher vector", "shuffled"),
+    "random": Entry(_armada, "control: noise with the teacher's mean and spread", "random"),
     "layers_only": Entry(
-        lambda s, m: Armada(s, m, aligned=False), "control: the added layers, no teacher"
+        lambda s, m: _armada(s, m, aligned=False), "control: the added layers, no teacher"
     ),
     "frozen_aligner": Entry(
-        lambda s, m: Armada(s, m, frozen=True),
+        lambda s, m: _armada(s, m, frozen=True),
         "control: the aligner stays at its random start",
         "real",
     ),

@@ -112,23 +112,8 @@ class Armada(Method):
     def losses(
         self, batch: Batch, out: StudentOutput | None, phase: Phase, centroid: Centroid
     ) -> Terms:
-        s, terms = self.setting, {}
-        t = None
-        if self.aligner is not None:
-            learns = phase != "student" and not self.frozen
-            self.aligner.train(learns)
-            with contextlib.nullcontext() if learns or not s.training.detach else torch.no_grad():
-                t = self.aligner(batch.teacher)
-            if learns:
-                terms["aligner_task"] = self.task(t.logits, batch.labels)
-                if s.gamma:
-                    terms["aligner_aux"] = s.gamma * self.task(t.aux_logits, batch.labels)
-            if learns and out is not None and s.beta and s.training.manifold_to == "both":
-                assert out.projection is not None
-                pull = self.manifold(out.projection.detach(), t.projection, centroid)
-                terms["aligner_manifold"] = s.beta * pull
-            if s.training.detach:
-                t = AlignerOutput(*(x.detach() for x in t))
+        s = self.setting
+        t, terms = self._taught(batch, out, phase, centroid)
         if phase == "aligner":
             return terms
         assert out is not None and out.projection is not None and out.aux_logits is not None
@@ -144,6 +129,33 @@ class Armada(Method):
         if s.beta:
             terms["manifold"] = s.beta * self.manifold(t.projection, out.projection, centroid)
         return terms
+
+    def _taught(
+        self, batch: Batch, out: StudentOutput | None, phase: Phase, centroid: Centroid
+    ) -> tuple[AlignerOutput | None, Terms]:
+        """What the aligner makes of the batch's teacher vectors, and the losses it learns by."""
+        s = self.setting
+        terms: Terms = {}
+        if self.aligner is None:
+            return None, terms
+        assert batch.teacher is not None
+        learns = phase != "student" and not self.frozen
+        self.aligner.train(learns)
+        with contextlib.nullcontext() if learns or not s.training.detach else torch.no_grad():
+            t = self.aligner(batch.teacher)
+        if learns:
+            terms["aligner_task"] = self.aligner_loss(t.logits, batch)
+            if s.gamma:
+                terms["aligner_aux"] = s.gamma * self.aligner_loss(t.aux_logits, batch)
+        if learns and out is not None and s.beta and s.training.manifold_to == "both":
+            assert out.projection is not None
+            pull = self.manifold(out.projection.detach(), t.projection, centroid)
+            terms["aligner_manifold"] = s.beta * pull
+        return (AlignerOutput(*(x.detach() for x in t)) if s.training.detach else t), terms
+
+    def aligner_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """T(y, o_ts): the task's own loss on one of the aligner's heads."""
+        return self.task(logits, batch.labels)
 
     def _match(self, taught: Tensor, student: Tensor) -> Tensor:
         """D of Eq. 2; a regression score counts as a vector of one number."""

@@ -24,7 +24,7 @@ Centroid = Callable[[Tensor], Tensor]
 class Setting:
     """All that a method may be built from. `outputs`: width of one head (1 for a choice score)."""
 
-    kind: Literal["class", "regression", "choice"]
+    kind: Literal["class", "regression", "choice", "generation"]
     outputs: int
     training: Training
     seed: int

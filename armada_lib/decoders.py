@@ -1,0 +1,163 @@
+"""Students that generate: a causal language model with LoRA, and ARMADA's branch beside it.
+
+Only the adapter is trained and saved: a distilled student is a plain peft adapter of its base
+checkpoint, which loads without this library.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from armada_lib import profiles
+from armada_lib.batching import PACKED
+from armada_lib.profiles import StudentSpec
+from armada_lib.students import Family, Student, StudentOutput, quiet
+
+# Families whose attention goes through transformers' interface and is given the batch's packing.
+ARCHITECTURES = ("llama", "mistral", "qwen2", "opt")
+
+
+def _family(model: Any) -> Family:
+    return Family(
+        encoder=lambda m: m.get_base_model().model,
+        transform=lambda m, x: x,
+        dropout=lambda m, x: x,
+        head=lambda m: m.get_base_model().lm_head,
+        pooling="mean",
+        packs=True,
+    )
+
+
+class Decoder(Student):
+    """`model` (a `PeftModel`) + training branch.
+
+    forward takes a `Sequences` batch's inputs. In its output `logits` (N, vocabulary) stand for the
+    N answer tokens alone, `hidden` (b, d) is the mean over each prompt's tokens (A14), and
+    `aux_logits` (b, m) is what the auxiliary head makes of the teacher's vector (A31).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, reconstructs: int) -> None:
+        nn.Module.__init__(self)
+        self.model, self.tokenizer, self.regression = model, tokenizer, False
+        self.family, self.pooling, self.early = _family(model), "mean", False
+        self.width = model.get_base_model().config.hidden_size
+        self.outputs = reconstructs
+        self.branch: nn.ModuleDict | None = None
+        self._full = self._used = None
+
+    def forward(self, inputs: dict[str, Any]) -> StudentOutput:
+        own = ("asked", "asked_text", "predict")
+        asked, text, predict = (inputs[k] for k in own)
+        encoder = self.family.encoder(self.model)
+        read = {k: v for k, v in inputs.items() if k not in own}
+        states = encoder(**read, use_cache=False).last_hidden_state[0]
+        logits = self.family.head(self.model)(states.index_select(0, predict))
+        with torch.autocast(states.device.type, enabled=False):
+            h = _mean(states.index_select(0, asked).float(), text, len(inputs["packing"].first))
+            if self.branch is None:
+                return StudentOutput(logits.float(), h, None, None)
+            p = self.branch["projection"](h)
+            return StudentOutput(logits.float(), h, p, self.branch["aux_head"](p))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a plain peft adapter and the tokenizer; `PeftModel.from_pretrained` reads it."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def _mean(x: torch.Tensor, text: torch.Tensor, n: int) -> torch.Tensor:
+    """Mean of the rows of x (t, d) that belong to each of n texts: (n, d)."""
+    total = x.new_zeros(n, x.shape[1]).index_add(0, text, x)
+    return total / torch.bincount(text, minlength=n)[:, None]
+
+
+def load(spec: StudentSpec, reconstructs: int, seed: int, dropout: float | None = None) -> Decoder:
+    """The causal model behind a student's name with a fresh LoRA adapter drawn from `seed`.
+
+    `dropout` replaces the adapter's own. Raises ValueError for an architecture that cannot be
+    packed or a spec without `lora`, before weights are read.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if spec.lora is None:
+        raise ValueError(f"student {spec.name!r} generates and needs a block `lora`")
+    where = checkpoint(spec)
+    config = AutoConfig.from_pretrained(where, revision=spec.revision)
+    profiles.check(config.model_type, ARCHITECTURES, "generating student architecture")
+    options: dict[str, Any] = {}
+    if spec.bits == 4:
+        from transformers import BitsAndBytesConfig
+
+        if not torch.cuda.is_available():
+            raise ValueError(f"student {spec.name!r}: bits 4 needs a CUDA GPU; leave `bits` out")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    with quiet():
+        base = AutoModelForCausalLM.from_pretrained(
+            where,
+            revision=spec.revision,
+            dtype=torch.float32,
+            attn_implementation=PACKED,
+            **options,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=spec.revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"student {spec.name!r}: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"{base.get_input_embeddings().num_embeddings}"
+        )
+    base.requires_grad_(False)
+    if spec.checkpointing:
+        base.gradient_checkpointing_enable()
+    lora = spec.lora
+    torch.manual_seed(seed)
+    model = get_peft_model(base, LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout if dropout is None else dropout,
+        target_modules=list(lora.targets), task_type="CAUSAL_LM",
+    ))  # fmt: skip
+    return Decoder(model, tokenizer, reconstructs)
+
+
+def checkpoint(spec: StudentSpec) -> str:
+    """Where the weights are; a GGUF file is unpacked once, to bf16 safetensors in the store."""
+    where = profiles.resolve(spec.checkpoint)
+    if spec.gguf is None:
+        return where
+    root = Path(os.environ.get("ARMADA_STORE") or profiles.ROOT / ".armada")
+    digest = profiles.file_digest(str(Path(where) / spec.gguf))[:16]
+    home = root / "models" / f"{Path(spec.gguf).stem}-{digest}"
+    if not (home / "config.json").exists():
+        _unpack(Path(where), spec.gguf, home)
+    return str(home)
+
+
+def _unpack(folder: Path, file: str, home: Path) -> None:
+    """A model read from GGUF refuses to be saved: it is built again from its configuration."""
+    import shutil
+    import uuid
+
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        settings = read.config.to_dict()
+        settings.pop("quantization_config", None)
+        plain = type(read)(type(read.config).from_dict(settings))
+        plain.load_state_dict(read.state_dict())
+        temporary = home.with_name(f"{home.name}.{uuid.uuid4().hex}.tmp")
+        plain.to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    try:
+        temporary.rename(home)
+    except OSError:
+        if not home.is_dir():
+            raise
+        shutil.rmtree(temporary)  # another process was first; both are the same model
