@@ -1,0 +1,178 @@
+"""What a generating student answers: batched, resumable, and the same whatever stands beside a prompt.
+
+Prompts of like length share a batch, padded on the left. Sampling adds Gumbel noise, drawn for each
+example from its own seed, to the logits and takes the maximum: an exact draw from the softmax that
+depends on seed and example alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from armada_lib.batching import PACKED
+from armada_lib.decoders import Decoder
+from armada_lib.sequences import sequences
+
+
+class Gumbel(LogitsProcessor):
+    """logits / temperature + Gumbel noise; a generator a row, so rows do not share their noise."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float):
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        u = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators])
+        noise = -torch.log(-torch.log(u.clamp(1e-20, 1 - 1e-7)))
+        return scores.float() / self.temperature + noise.to(scores.device)
+
+
+def tokens(student: Decoder, prompts: Sequence[str], room: int) -> list[np.ndarray]:
+    """Token ids of every prompt, with the tokenizer's own special tokens at the front.
+
+    Raises ValueError for an empty prompt and for one that leaves no `room` in the context.
+    """
+    context = student.model.get_base_model().config.max_position_embeddings
+    out = []
+    for i, text in enumerate(prompts):
+        if not text.strip():
+            raise ValueError(f"prompt {i} of {len(prompts)} is empty")
+        ids = np.asarray(student.tokenizer(text).input_ids, dtype=np.int64)
+        if len(ids) + room > context:
+            raise ValueError(
+                f"prompt {i} has {len(ids)} tokens; with {room} for the answer it is beyond the "
+                f"model's context of {context}: {text[:60]!r}"
+            )
+        out.append(ids)
+    return out
+
+
+@torch.inference_mode()
+def generate(
+    student: Decoder,
+    prompts: Sequence[str],
+    new_tokens: int,
+    kept: Path | None = None,
+    batch_size: int = 32,
+    seed: int | None = None,
+    temperature: float = 1.0,
+    bf16: bool = False,
+    progress: bool = False,
+) -> list[str]:
+    """The student's answer to every prompt, greedy, or sampled where `seed` is given.
+
+    `kept`: a file to which every finished batch is appended, and from which a killed call goes on.
+    Raises ValueError for prompts that are empty or too long, before any is answered.
+    """
+    ids, student = tokens(student, prompts, new_tokens), student.eval()
+    names = [_name(i, p, seed) for i, p in enumerate(prompts)]
+    done = _read(kept) if kept else {}
+    todo = sorted((i for i in range(len(ids)) if names[i] not in done), key=lambda i: -len(ids[i]))
+    device, pad = next(student.parameters()).device, student.tokenizer.pad_token_id
+    bar = tqdm(total=len(ids), initial=len(ids) - len(todo), desc="answers", disable=not progress)
+    with bar, _plain(student) as model:
+        for at in range(0, len(todo), batch_size):
+            part = todo[at : at + batch_size]
+            longest = len(ids[part[0]])
+            batch = torch.full((len(part), longest), pad)
+            mask = torch.zeros_like(batch)
+            for row, i in enumerate(part):
+                batch[row, longest - len(ids[i]) :] = torch.from_numpy(ids[i])
+                mask[row, longest - len(ids[i]) :] = 1
+            noise = [] if seed is None else [Gumbel([_fold(names[i]) for i in part], temperature)]
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                out = model.generate(
+                    input_ids=batch.to(device), attention_mask=mask.to(device), do_sample=False,
+                    max_new_tokens=new_tokens, pad_token_id=pad, use_cache=True,
+                    logits_processor=LogitsProcessorList(noise),
+                )  # fmt: skip
+            texts = student.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+            new = {names[i]: text for i, text in zip(part, texts, strict=True)}
+            done |= new
+            if kept:
+                _append(kept, new)
+            bar.update(len(part))
+    return [done[n] for n in names]
+
+
+@torch.inference_mode()
+def likelihoods(
+    student: Decoder,
+    prompts: Sequence[str],
+    choices: Sequence[Sequence[str]],
+    batch_size: int = 64,
+    bf16: bool = False,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For every prompt (sum of log p(token), number of tokens) of each of its choices, (k,) each."""
+    room = max(
+        len(student.tokenizer(c, add_special_tokens=False).input_ids) for cs in choices for c in cs
+    )
+    ids = tokens(student.eval(), prompts, room)
+    encode = lambda c: np.asarray(student.tokenizer(c, add_special_tokens=False).input_ids)
+    flat = [(i, encode(c)) for i, cs in enumerate(choices) for c in cs]
+    limit = student.model.get_base_model().config.max_position_embeddings
+    data, _ = sequences([ids[i] for i, _ in flat], [c for _, c in flat], 0, limit)
+    device, total = next(student.parameters()).device, np.zeros(len(flat))
+    order = np.argsort(-data.lengths, kind="stable")
+    for at in range(0, len(order), batch_size):
+        batch = data.batch(order[at : at + batch_size], True).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = student(batch.inputs).logits
+        logp = torch.log_softmax(logits.float(), -1).gather(1, batch.labels[:, None])[:, 0]
+        counts = [len(flat[r][1]) for r in batch.rows]
+        total[batch.rows] = [float(x.sum()) for x in logp.cpu().split(counts)]
+    ends = np.cumsum([len(cs) for cs in choices])[:-1]
+    lengths = np.array([len(c) for _, c in flat])
+    return list(zip(np.split(total, ends), np.split(lengths, ends), strict=True))
+
+
+@contextlib.contextmanager
+def _plain(student: Decoder) -> Iterator[Any]:
+    """The model as `generate` wants it: the library's own attention, the adapter folded in."""
+    base = student.model.get_base_model()
+    student.model.merge_adapter()
+    base.set_attn_implementation("sdpa")
+    try:
+        yield student.model
+    finally:
+        base.set_attn_implementation(PACKED)
+        student.model.unmerge_adapter()
+
+
+def _name(number: int, prompt: str, seed: int | None) -> str:
+    return hashlib.sha256(f"{number}\0{seed}\0{prompt}".encode()).hexdigest()[:24]
+
+
+def _fold(name: str) -> int:
+    return int(name[:15], 16)
+
+
+def _read(path: Path) -> dict[str, str]:
+    """Answers kept by an earlier call; a line cut short by a kill is left out."""
+    found: dict[str, str] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError, ValueError):
+                name, text = json.loads(line)
+                found[name] = text
+    return found
+
+
+def _append(path: Path, new: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as f:
+        f.write(("\n" if torn else "") + "".join(json.dumps(x) + "\n" for x in new.items()))
+        f.flush()
+        os.fsync(f.fileno())

@@ -1,0 +1,123 @@
+"""Answers do not depend on the batch, a killed call goes on, choices are weighed as by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_decoders import llama, spec  # noqa: F401  (a fixture)
+
+from armada_lib import decoders, generation
+
+PROMPTS = [
+    "the cat sat on",
+    "a dog",
+    "the red bird flew over a tree",
+    "who saw the house",
+    "blue",
+    "the dog ran",
+]
+
+
+@pytest.fixture
+def student(llama):  # noqa: F811
+    found = decoders.load(spec(llama), 6, 1)
+    with torch.no_grad():  # an adapter that does something
+        for name, p in found.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3, generator=torch.Generator().manual_seed(4))
+    return found.eval()
+
+
+def by_hand(student, prompt: str, new_tokens: int) -> str:
+    """Greedy decoding of one prompt without a cache."""
+    student.model.get_base_model().set_attn_implementation("eager")
+    ids = list(student.tokenizer(prompt).input_ids)
+    start = len(ids)
+    for _ in range(new_tokens):
+        with torch.no_grad():
+            ids.append(int(student.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == 1:
+            break
+    student.model.get_base_model().set_attn_implementation("armada_packed")
+    return student.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_greedy_answers_are_those_of_one_prompt_alone(student, batch):
+    found = generation.generate(student, PROMPTS, 8, batch_size=batch)
+    assert found == [by_hand(student, p, 8) for p in PROMPTS]
+    assert len(set(found)) > 1
+
+
+def test_the_student_is_as_before_afterwards(student):
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    generation.generate(student, PROMPTS[:2], 4)
+    after = dict(student.named_parameters())
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)
+    assert student.model.get_base_model().config._attn_implementation == "armada_packed"
+
+
+def test_samples_depend_on_seed_and_example_alone(student):
+    together = generation.generate(student, PROMPTS, 6, seed=3)
+    assert together == generation.generate(student, PROMPTS, 6, seed=3, batch_size=2)
+    assert together != generation.generate(student, PROMPTS, 6, seed=4)
+    greedy = generation.generate(student, PROMPTS, 6)
+    assert generation.generate(student, PROMPTS, 6, seed=3, temperature=1e-6) == greedy
+
+
+def test_gumbel_noise_draws_from_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0]).repeat(4000, 1)
+    drawn = generation.Gumbel(range(4000), 1.0)(None, logits).argmax(1)
+    share = torch.bincount(drawn, minlength=3) / 4000
+    torch.testing.assert_close(share, torch.softmax(logits[0], 0), atol=0.03, rtol=0)
+
+
+def test_a_killed_call_goes_on_where_it_stopped(student, tmp_path, monkeypatch):
+    whole, kept = generation.generate(student, PROMPTS, 6), tmp_path / "a.jsonl"
+    real, calls = student.model.generate, []
+
+    def dies(**k):
+        calls.append(len(k["input_ids"]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(**k)
+
+    monkeypatch.setattr(student.model, "generate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        generation.generate(student, PROMPTS, 6, kept, batch_size=2)
+    with kept.open("a") as f:
+        f.write('["torn')  # as a kill in the middle of a line leaves it
+    assert generation.generate(student, PROMPTS, 6, kept, batch_size=2) == whole
+    assert calls == [2, 2, 2, 2]  # the fourth call answers what the third did not
+    assert generation.generate(student, PROMPTS, 6, kept) == whole and len(calls) == 4
+
+
+def test_likelihoods_are_sums_over_the_choices_own_tokens(student):
+    choices = [["the house", "a tree"], ["ran", "sat quickly", "flew"]]
+    found = generation.likelihoods(student, PROMPTS[:2], choices, batch_size=2)
+    student.model.get_base_model().set_attn_implementation("eager")
+    for prompt, options, (total, length) in zip(PROMPTS, choices, found, strict=False):
+        for option, value, n in zip(options, total, length, strict=True):
+            a = student.tokenizer(prompt).input_ids
+            b = student.tokenizer(option, add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logp = torch.log_softmax(student.model(torch.tensor([a + b])).logits[0], -1)
+            expected = sum(logp[len(a) - 1 + k, t].item() for k, t in enumerate(b))
+            assert value == pytest.approx(expected, abs=1e-3) and n == len(b)
+    assert [len(t) for t, _ in found] == [2, 3] and isinstance(found[0][0], np.ndarray)
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        (["the cat", " "], "prompt 1 of 2 is empty"),
+        (["the cat", "the " * 60], "prompt 1 has 6. tokens"),
+    ],
+)
+def test_bad_prompts_are_named_before_any_answer(student, monkeypatch, prompts, message):
+    monkeypatch.setattr(student.model, "generate", lambda **k: pytest.fail("answered"))
+    with pytest.raises(ValueError, match=message):
+        generation.generate(student, prompts, 8)
