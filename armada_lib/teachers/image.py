@@ -1,7 +1,8 @@
 """Text-to-image teachers: a thin wrapper around diffusers' StableDiffusionPipeline.
 
 The teacher's vector is the final latent of one picture drawn from the text (paper, section 4: 20
-steps, guidance 7.5). The same class runs Stable Diffusion v1-4 and this project's emoji painter.
+steps, guidance 7.5). The same class runs Stable Diffusion v1-4 and this project's emoji painter, each
+with or without a LoRA (audit A5).
 
 Noise: the initial latent of a text is drawn on the CPU from a generator seeded by a hash of the
 text, so batch size, order and process count change nothing but rounding (matrix kernels depend on
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from armada_lib import profiles
 from armada_lib.settings import ImageSpec
@@ -47,9 +50,9 @@ READOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def fingerprint(spec: ImageSpec, device: str = "cpu") -> str:
     """sha256 over all that changes the vectors; reads files but loads no weights.
 
-    Raises FileNotFoundError for a checkpoint that is neither on disk nor within reach.
+    Raises FileNotFoundError for a checkpoint or adapter that is neither on disk nor within reach.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "recipe": RECIPE,
         "checkpoint": identity(spec.checkpoint, spec.revision),
         "text_encoder": spec.text_encoder and identity(spec.text_encoder, None),
@@ -58,6 +61,9 @@ def fingerprint(spec: ImageSpec, device: str = "cpu") -> str:
             include={"kind", "steps", "guidance", "guidance_rescale", "size", "latent", "width"}
         ),
     }
+    if spec.adapter:  # an entry that is there only if set: it leaves other fingerprints as they are
+        file = profiles.file_digest(str(_adapter_file(spec)))
+        facts["adapter"] = {"file": file, "scale": spec.adapter_scale}
     return digest(facts)
 
 
@@ -198,6 +204,8 @@ def _pipeline(spec: ImageSpec, device: str, mode: str) -> Any:
                 f"fetched; get them with `hf download {where}{revision}`"
             ) from e
     pipe.set_progress_bar_config(disable=True)
+    if spec.adapter:  # before what follows changes modules and `forward`
+        _fuse_adapter(pipe, spec)
     pipe.to(device)
     for part in (pipe.vae, pipe.unet, pipe.text_encoder):
         part.eval().requires_grad_(False)
@@ -206,9 +214,72 @@ def _pipeline(spec: ImageSpec, device: str, mode: str) -> Any:
             # PyTorch's CPU GroupNorm is about ten times slower on channels-last input.
             if isinstance(module, torch.nn.GroupNorm):
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    else:
+        pipe.unet.to(memory_format=torch.channels_last)
     if mode == "bf16":
         pipe.unet.forward = functools.partial(_bf16_forward, pipe.unet.forward)
+    if spec.compile:
+        pipe.unet.compile()
     return pipe
+
+
+def _adapter_file(spec: ImageSpec) -> Path:
+    """The adapter's safetensors file, on disk or from the hub."""
+    what = f"teacher {spec.name!r}: the adapter {spec.adapter}"
+    if not spec.adapter_file.endswith(".safetensors"):
+        raise ValueError(f"{what}: adapter_file {spec.adapter_file!r} is no .safetensors file")
+    where = profiles.resolve(str(spec.adapter))
+    if Path(where).exists():
+        file = Path(where) / spec.adapter_file
+        if not file.is_file():
+            raise FileNotFoundError(f"{what} has no file {spec.adapter_file} (looked for {file})")
+        return file
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(where, spec.adapter_file, revision=spec.adapter_revision))
+    except Exception as e:  # the hub raises many kinds; all mean "not here"
+        revision = f" --revision {spec.adapter_revision}" if spec.adapter_revision else ""
+        raise FileNotFoundError(
+            f"{what} is not here and cannot be fetched; get it with "
+            f"`hf download {where} {spec.adapter_file}{revision}`"
+        ) from e
+
+
+def _fuse_adapter(pipe: Any, spec: ImageSpec) -> None:
+    """W + scale alpha / rank B A for every layer of the LoRA (Hu et al., 2022), once.
+
+    Afterwards the modules are those of a pipeline without an adapter: no cost per text. Raises
+    ValueError for a file that is no safetensors, or of which any tensor does not fit.
+    """
+    file = _adapter_file(spec)
+    what = f"teacher {spec.name!r}: the adapter {file}"
+    other = f"{what} was made for another model than {spec.checkpoint}"
+    load = dict(weight_name=file.name, use_safetensors=True)  # or pickle would be tried
+    # diffusers only warns of tensors that no layer takes and of layers that get half of theirs
+    try:
+        tensors, _ = pipe.lora_state_dict(str(file.parent), **load)
+        layers = {name for name, _ in pipe.unet.named_modules()}
+        for key in sorted(tensors):
+            layer = re.split(r"\.(?:lora|processor)", key.removeprefix("unet."))[0]
+            if not key.startswith("text_encoder.") and layer not in layers:
+                raise ValueError(f"there is no layer for {key}")
+        pipe.load_lora_weights(str(file.parent), **load)
+        parts = (pipe.unet, pipe.text_encoder)
+        taken = sum("lora_" in key for part in parts for key, _ in part.named_parameters())
+        if not tensors or taken != len(tensors):
+            raise ValueError(f"its layers take {taken} tensors, the file holds {len(tensors)}")
+    except SafetensorError as e:
+        raise ValueError(f"{what} is no safetensors file ({e})") from e
+    except (ValueError, RuntimeError, LookupError) as e:
+        wrong = re.search(r"mismatch for (\S+?)(?:\.\w+)?\.weight:.*?(\[.*?]).*?(\[.*?])", str(e))
+        if not wrong:
+            raise ValueError(f"{other}: {str(e)[:300]}") from e
+        raise ValueError(
+            f"{other}: {wrong[1]} has shape {wrong[2]} in the file, {wrong[3]} in the model"
+        ) from e
+    pipe.fuse_lora(lora_scale=spec.adapter_scale, safe_fusing=True)
+    pipe.unload_lora_weights()
 
 
 def _bf16_forward(forward: Callable, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
