@@ -27,6 +27,7 @@ BENCHMARKS = {
     "armada_exact_over_undistilled": "overhead",
     "memory_over_trainer": "memory",
     "store_vectors_per_second": "store",
+    "extraction_overhead": "extraction",
 }
 
 

@@ -25,6 +25,7 @@ def measure(names: list[str], rounds: int | None, size: int | None) -> dict[str,
     with tempfile.TemporaryDirectory() as folder:
         readers = _readers(Path(folder), n)
         speed: dict[str, list[float]] = {r: [] for r in readers}
+        own = _anonymous()
         for r in range(-1, rounds or ROUNDS):  # round -1 brings the files into memory
             order = np.random.default_rng(r + 1).permutation(n)
             batches = [order[i : i + BATCH] for i in range(0, n, BATCH)]
@@ -36,11 +37,22 @@ def measure(names: list[str], rounds: int | None, size: int | None) -> dict[str,
                 taken = time.perf_counter() - began
                 if r >= 0:
                     speed[name].append(sum(map(len, part)) / taken)
+        own = _anonymous() - own
         del readers
     middle = {name: float(np.median(v)) for name, v in speed.items()}
     note = f"{n:,} x {WIDTH} float16, shuffled batches of {BATCH}, files in memory; "
+    note += f"memory of its own grew by {max(own, 0) / 1e6:.0f} MB; "
     note += "safetensors {safetensors:,.0f}, datasets {datasets:,.0f}".format(**middle)
     return dict.fromkeys(names, (speed["store"], "vectors/s", note))
+
+
+def _anonymous() -> int:
+    """Bytes of resident memory that are no mapped file; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon")), 0)
 
 
 def _readers(folder: Path, n: int) -> dict[str, Callable[[np.ndarray], torch.Tensor]]:
