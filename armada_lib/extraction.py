@@ -13,11 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
 from armada_lib import features, profiles, specs, tasks, teachers
+from armada_lib.batching import Encoded
 from armada_lib.methods import METHODS, READINGS
 from armada_lib.results import RunSpec, RunStore
 
@@ -40,8 +42,7 @@ def extract(
     for s in wanted:
         if s.teacher and not _noise(s):
             texts = found.setdefault((s.profile, s.teacher), {})
-            for e in specs.examples(s):
-                texts.update(dict.fromkeys(e.teacher_texts))
+            texts.update(dict.fromkeys(specs.teacher_texts(s)))
     return sum(fill(p, t, list(texts), store, workers, progress) for (p, t), texts in found.items())
 
 
@@ -124,6 +125,46 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def _worker() -> None:
     torch.set_num_threads(1)
+
+
+def attach(
+    s: RunSpec, store: RunStore, data: Sequence[tuple[Encoded, list[str]]], width: int
+) -> int:
+    """Give each split, the training split first, its texts' vectors, or a control's.
+
+    A text that a black box refused is given the mean of the training vectors. Returns how many are.
+    """
+    assert s.teacher is not None
+    vectors, rng = METHODS[s.method].vectors, np.random.default_rng([s.seed, 77])
+    standardised = READINGS[s.reading or "paper"].standardise
+    known = feature_store(s.profile, s.teacher, store)
+    if vectors == "random":  # normal, with the moments that the teacher's vectors have there
+        centre, spread = np.zeros(width), np.ones(width)
+        if not standardised:
+            centre, spread = features.moments(known.matrix(data[0][1]))
+        for part, _ in data:
+            noise = rng.standard_normal((len(part.tokens), width), np.float32)
+            part.teacher = torch.from_numpy(noise * spread + centre).half()
+        return 0
+    refused = refusals(s.profile, s.teacher, [t for _, texts in data for t in texts])
+    for part, texts in data:
+        given = [t for t in texts if t not in refused]
+        part.teacher = known.matrix(given)
+        if len(given) < len(texts):
+            row = {t: i for i, t in enumerate(given)}
+            part.where = np.array([row.get(t, -1) for t in texts])
+    known_moments = features.moments(data[0][0].teacher) if standardised or refused else None
+    for part, _ in data:
+        if known_moments is not None:
+            mean, sd = (torch.as_tensor(x, dtype=torch.float32) for x in known_moments)
+            if standardised:
+                part.mean, part.scale = mean, sd.clamp(min=1e-6)
+            else:
+                part.absent = mean
+        if vectors == "shuffled":
+            order = rng.permutation(len(part.tokens))
+            part.where = order if part.where is None else part.where[order]
+    return sum(int((p.where < 0).sum()) for p, _ in data if p.where is not None)
 
 
 # -- texts and what they cost -------------------------------------------------------------------

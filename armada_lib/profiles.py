@@ -25,6 +25,7 @@ from armada_lib.settings import (
     StudentSpec,
     TeacherSpec,
     Training,
+    Tuning,
     Unknown,
     Weights,
     check,
@@ -46,6 +47,8 @@ class Profile(Strict):
     students: dict[str, StudentSpec]
     teachers: dict[str, TeacherSpec]
     nlu: Nlu
+    reasoning: Tuning | None = None
+    instruction: Tuning | None = None
     training: dict[str, Any]
     armada: dict[Literal["paper", "released"], Weights]
 

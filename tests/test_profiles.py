@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gguf import GGUFReader
 from safetensors import safe_open
 
-from armada_lib import methods, profiles, tasks
+from armada_lib import gentasks, methods, profiles, tasks
 from armada_lib.profiles import Training, Unknown
 
 PAPER = profiles.ROOT / "params" / "profiles" / "paper.yaml"
@@ -59,12 +60,16 @@ def test_every_profile_loads_and_each_of_its_names_exists(name):
     p.student(p.nlu.student)
     assert "sd14" in p.teachers
     for layer, valid in (
-        ("groups", {t.group for t in tasks.TASKS.values()}),
-        ("tasks", set(tasks.TASKS)),
+        ("groups", {t.group for t in [*tasks.TASKS.values(), *gentasks.TASKS.values()]}),
+        ("tasks", {*tasks.TASKS, *gentasks.SUITES}),
         ("students", set(p.students)),
     ):
         assert set(p.training.get(layer, {})) <= valid, layer
     assert set(p.nlu.tasks) <= set(tasks.TASKS)
+    for block in (p.reasoning, p.instruction):
+        assert block and p.student(block.student).lora and set(block.suites) <= set(gentasks.SUITES)
+        assert {p.teacher(t).name for t in block.teachers} == set(block.teachers)
+        assert set(block.methods) <= set(methods.METHODS)
     assert set(p.nlu.methods) <= set(methods.METHODS)
     assert set(p.armada) == set(profiles.READINGS)
     for weights in p.armada.values():
@@ -92,6 +97,9 @@ def test_parameter_counts_in_notes_are_those_of_the_weights(name):
             for file in Path(profiles.resolve(spec.checkpoint)).rglob("*.safetensors"):
                 with safe_open(file, "pt") as f:
                     found += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())  # noqa: SIM118
+            if gguf := getattr(spec, "gguf", None):
+                path = Path(profiles.resolve(spec.checkpoint)) / gguf
+                found = sum(int(t.n_elements) for t in GGUFReader(path).tensors)
             assert round(found / 1e6, 1) == float(said[1]), spec.name
             counted += 1
     assert counted > 3
@@ -137,7 +145,7 @@ def test_the_papers_settings_are_the_papers():
         (
             lambda: profiles.load("paper").student("bert-6"),
             "unknown student (profile paper) 'bert-6'; did you mean 'bert-6l'?",
-            "bert-6l, bert-base, deberta-v2-xxlarge, opt-1.3b",
+            "bert-6l, bert-base, deberta-v2-xxlarge, llama-3.1-8b, llama-3.2-3b, llama-7b, opt-1.3b",
         ),
         (
             lambda: profiles.load("paper").teacher("sd15"),

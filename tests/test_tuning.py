@@ -1,0 +1,111 @@
+"""A run of a student that generates, whole: tuned, asked, scored, stored, and resumed when killed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from test_decoders import llama  # noqa: F401  (a fixture)
+
+from armada_lib import extraction, gentasks, profiles, runs, specs, tuning
+from armada_lib.results import RunStore
+
+PEOPLE = ("cat", "dog", "bird")
+
+
+@pytest.fixture
+def own(project, llama, tmp_path, monkeypatch):  # noqa: F811
+    """Profile `tuned`: the tiny Llama, and a suite of arithmetic with two small test sets."""
+    raw = yaml.safe_load((project / "params/profiles/tiny.yaml").read_text())
+    raw["students"]["llama"] = {"checkpoint": llama, "lora": {"dropout": 0.0}}
+    raw["training"]["groups"] = {"reasoning": {
+        "epochs": 2, "batch_size": 4, "max_length": 48, "template": "plain", "new_tokens": 4,
+        "test_size": 5, "student_lr": 1.0e-2,
+    }}  # fmt: skip
+    (project / "params/profiles/tuned.yaml").write_text(yaml.safe_dump(raw))
+    base = project / "book/data/mini/reasoning"
+    for task, split, n in (
+        ("math", "train", 12),
+        ("multiarith", "test", 8),
+        ("singleeq", "test", 6),
+    ):
+        (base / task).mkdir(parents=True, exist_ok=True)
+        rows = [{"instruction": f"the {PEOPLE[i % 3]} saw {i} red {task} birds and {i} blue", "input": "",
+                 "output": f"the answer is {2 * i}", "answer": str(2 * i)} for i in range(n)]  # fmt: skip
+        (base / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setenv("ARMADA_STORE", str(tmp_path))
+    profiles.load.cache_clear()
+    specs._suite.cache_clear()
+    yield project
+    specs._suite.cache_clear()
+
+
+def make(method: str = "armada", **changes):
+    return specs.spec("tuned", "math", method, student="llama", **changes)
+
+
+def test_a_run_is_tuned_asked_and_scored(own):
+    r = runs.run(make())
+    assert set(r.scores) == {"student", "multiarith", "singleeq"} and r.metric == "accuracy"
+    assert r.scores["student"] == np.mean([r.scores["multiarith"], r.scores["singleeq"]])
+    assert len(r.outputs["multiarith"]) == 5 and r.facts["tests"] == {
+        "multiarith": 5,
+        "singleeq": 5,
+    }
+    assert r.facts["train"] == 12 and r.facts["trained_parameters"] < r.facts["student_parameters"]
+    assert {"aligner_task", "task", "manifold", "aux_soft"} <= r.curves.keys()
+    store = RunStore()
+    again = store.load(make().key)
+    assert again is not None and again.scores == r.scores and json.dumps(again.record())
+    student = runs.trained_student(make())
+    said = [json.loads(line)[1] for line in
+            (store.root / "answers" / r.spec.key / "multiarith.jsonl").read_text().splitlines()]  # fmt: skip
+    items = specs.suite(make()).tests["multiarith"]
+    assert sorted(said) == sorted(tuning.answer(make(), student, items))
+
+
+def test_keys_hold_what_matters_and_alpha_has_no_part(own):
+    assert make().alpha == 0.0 and make(alpha=0.9).key == make().key
+    keys = {make(**k).key for k in ({}, {"seed": 1}, {"template": "alpaca"}, {"new_tokens": 5},
+                                    {"protocol": "likelihood"}, {"test_size": 4}, {"train_size": 8})}  # fmt: skip
+    assert len(keys) == 7
+    with pytest.raises(ValueError, match="student 'bert-6l' does not generate; .*'llama'"):
+        specs.spec("tuned", "math", "armada", student="bert-6l")
+
+
+def test_the_teacher_sees_the_training_questions_alone(own):
+    seen = specs.teacher_texts(make())
+    assert len(seen) == 12 and seen == [i.teacher_text for i in specs.suite(make()).train]
+    assert extraction.extract([make()], RunStore(), progress=False) == 12
+    assert extraction.extract([make("undistilled")], RunStore(), progress=False) == 0
+
+
+def test_a_run_killed_between_two_answers_is_not_trained_again(own, monkeypatch):
+    whole = runs.run(make(), RunStore(RunStore().root / "whole"))
+    real, calls = gentasks.score, []
+
+    def dies(*a):
+        calls.append(a[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*a)
+
+    monkeypatch.setattr(gentasks, "score", dies)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(make())
+    monkeypatch.setattr(tuning.engine, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(tuning.generation, "_append", lambda *a: pytest.fail("answered again"))
+    again = runs.run(make())
+    assert again.scores == whole.scores and again.facts["steps"] == whole.facts["steps"]
+    assert all(np.array_equal(again.curves[k], v, equal_nan=True) for k, v in whole.curves.items())
+    assert not list((RunStore().root / "answers").rglob("trained.safetensors"))
+
+
+def test_a_damaged_file_of_weights_is_not_used(own, tmp_path):
+    s = make("undistilled")
+    path = tmp_path / "answers" / s.key / "trained.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"no weights")
+    assert runs.run(s).scores == runs.run(s, RunStore(tmp_path / "other")).scores
