@@ -9,7 +9,7 @@ import sys
 import torch
 from accelerate import PartialState
 
-from armada_lib import extraction, profiles
+from armada_lib import extraction, profiles, specs
 from armada_lib.results import RunStore
 
 
@@ -46,6 +46,7 @@ def _extract(given: argparse.Namespace) -> None:
         raise ValueError(f"--workers must be at least 1, got {given.workers}")
     name = given.profile or profiles.default()
     who = profiles.load(name).teacher(given.teacher)
+    specs.need_gpu(profiles.load(name))
     state = PartialState(
         cpu=not torch.cuda.is_available()
     )  # one process, unless started by `accelerate launch`

@@ -41,7 +41,7 @@ def spec(
     rows and identifies both checkpoints, so that whatever is wrong shows before any work.
     """
     p = profiles.load(profile)
-    _need_gpu(p)
+    need_gpu(p)
     entry = METHODS[profiles.check(method, METHODS, "method")]
     profiles.check(manifold, MANIFOLDS, "manifold loss")
     profiles.check(reading, READINGS, "reading")
@@ -129,7 +129,8 @@ def grid(
     return list(found.values())
 
 
-def _need_gpu(p: Profile) -> None:
+def need_gpu(p: Profile) -> None:
+    """Raise RuntimeError for a profile that needs a GPU where none is visible."""
     if p.gpu and not torch.cuda.is_available() and not os.environ.get("ARMADA_NO_GPU"):
         raise RuntimeError(
             f"profile {p.name!r} needs a CUDA GPU and none is visible; use profile 'mini' (minutes) or "

@@ -105,10 +105,14 @@ def test_the_command_says_what_it_will_do_and_does_it(project, tmp_path, capsys)
         (["--profile", "tinny"], "unknown profile 'tinny'; did you mean 'tiny'?"),
         (["--texts", "colla"], "unknown task 'colla'"),
         (["--workers", "0"], "--workers must be at least 1"),
+        (["--profile", "giant"], "profile 'giant' needs a CUDA GPU and none is visible"),
     ],
 )
 def test_bad_input_to_the_command_is_one_line(project, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(extraction.teachers, "load", lambda *a: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    raw = yaml.safe_load((project / "params/profiles/tiny.yaml").read_text()) | {"gpu": True}
+    (project / "params/profiles/giant.yaml").write_text(yaml.safe_dump(raw))
     argv = ["extract", "--profile", "tiny", "--teacher", "sd14", "--texts", "cola",
             "--store", str(tmp_path), *change]  # fmt: skip
     with pytest.raises(SystemExit) as e:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from elsewhere import elsewhere
 from safetensors.torch import load_file, save_file
 from scipy.signal import resample_poly
 from transformers import (
@@ -138,6 +139,13 @@ def test_encode_is_the_models_called_by_hand(parts):
     for readout, expected in (("first", states[0]), ("max", states.max(0).values)):
         other = teachers.load(tiny(parts, readout=readout)).encode(TEXTS[:1])[0]
         np.testing.assert_allclose(other, expected.numpy(), atol=3e-3, rtol=3e-3)
+
+
+def test_another_process_gives_the_same_vectors(parts, tmp_path):
+    spec = tiny(parts)
+    np.testing.assert_array_equal(
+        elsewhere(spec, TEXTS, tmp_path), teachers.load(spec).encode(TEXTS)
+    )
 
 
 def test_speak_gives_sounds_that_end_when_their_text_does(parts):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from elsewhere import elsewhere
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -239,22 +238,10 @@ def test_parts_without_a_text_encoder_need_one_and_read_text_json(checkpoint, tm
 
 
 def test_another_process_gives_the_same_vectors(checkpoint, tmp_path):
-    spec, out = tiny(checkpoint), tmp_path / "vectors.npy"
-    code = (
-        "import json, sys, numpy, torch\n"
-        "from armada_lib import teachers\n"
-        "from armada_lib.settings import ImageSpec\n"
-        "from armada_lib.teachers import image\n"
-        "spec, texts, threads, out = sys.argv[1:]\n"
-        "torch.set_num_threads(int(threads))\n"
-        "image.precision = lambda device: 'fp32'\n"
-        "vectors = teachers.load(ImageSpec(**json.loads(spec))).encode(json.loads(texts))\n"
-        "numpy.save(out, vectors)\n"
+    spec = tiny(checkpoint)
+    np.testing.assert_array_equal(
+        elsewhere(spec, TEXTS, tmp_path), teachers.load(spec).encode(TEXTS)
     )
-    texts, threads = json.dumps(TEXTS), str(torch.get_num_threads())
-    command = [sys.executable, "-c", code, spec.model_dump_json(), texts, threads, str(out)]
-    subprocess.run(command, check=True)
-    np.testing.assert_array_equal(np.load(out), teachers.load(spec).encode(TEXTS))
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"

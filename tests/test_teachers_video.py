@@ -14,6 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet3DConditionModel,
 )
+from elsewhere import elsewhere
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -182,6 +183,13 @@ def test_encode_projects_its_readout(checkpoint):
     small = teachers.load(tiny(checkpoint, project=True, width=32)).encode(TEXTS[:2])
     assert small.shape == (2, 32) and small.dtype == np.float16
     np.testing.assert_allclose(small, video.project(whole, 32), atol=2e-2)
+
+
+def test_another_process_gives_the_same_vectors(checkpoint, tmp_path):
+    spec = tiny(checkpoint)
+    np.testing.assert_array_equal(
+        elsewhere(spec, TEXTS, tmp_path), teachers.load(spec).encode(TEXTS)
+    )
 
 
 def test_truncated_counts_texts_longer_than_the_encoder_reads(checkpoint):
