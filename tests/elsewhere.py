@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from armada_lib import teachers
 from armada_lib.settings import TeacherSpec
+from armada_lib.teachers import common
 
 
 def elsewhere(spec: TeacherSpec, texts: list[str], folder: Path) -> np.ndarray:
@@ -35,9 +36,9 @@ def elsewhere(spec: TeacherSpec, texts: list[str], folder: Path) -> np.ndarray:
 if __name__ == "__main__":
     given, sentences, number, path = sys.argv[1:]
     torch.set_num_threads(int(number))
-    teachers.common.precision = lambda device: "fp32"
+    common.precision = lambda device: "fp32"
     who = TypeAdapter(TeacherSpec).validate_json(given)
     module = teachers._module(who)
     if hasattr(module, "precision"):
-        module.precision = teachers.common.precision
+        module.precision = common.precision
     np.save(path, teachers.load(who).encode(json.loads(sentences)))
