@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from armada_lib import chapter, report, stats
+from armada_lib import chapter, diagnosis, report, stats
 
 
 def frame(rows):
@@ -123,7 +123,7 @@ def test_centred_correlation_removes_the_level_of_the_tasks():
         for i, loss in enumerate(("cosine", "euclid", "elementwise")):
             for head, value in (("student", level + i), ("student_aux", level - i)):
                 rows.append(frame([(task, "armada", loss, 0, value)]).assign(head=head))
-    r = report.head_correlation(pd.concat(rows), "student", "student_aux")
+    r = diagnosis.head_correlation(pd.concat(rows), "student", "student_aux")
     assert r["pairs"] == 9 and r["plain"] == pytest.approx(0.8)
     assert r["centred"] == pytest.approx(-1)
 
@@ -135,14 +135,14 @@ def test_heads_of_one_task_are_means_over_losses():
             for m, v in (("euclid", 4), ("cosine", 8))
         ]
     )
-    row = report.heads(df, chapter.published(6), chapter.published(10), "sd14").iloc[0]
+    row = diagnosis.heads(df, chapter.published(6), chapter.published(10), "sd14").iloc[0]
     assert row["measured aligner"] == 6 and row["published aligner"] == "7.8"
 
 
 def test_one_beta_is_chosen_for_all_losses_and_collapses_show():
     rows = [frame([("cola", "armada", m, 0, v)]).assign(beta=b) for m, b, v in
             (("cosine", 0.1, 10), ("cosine", 1.0, 12), ("euclid", 0.1, 9), ("euclid", 1.0, 0))]  # fmt: skip
-    out = report.beta_choice(pd.concat(rows))
+    out = diagnosis.beta_choice(pd.concat(rows))
     assert out[out["chosen"] == "yes"][["loss", "beta"]].values.tolist() == [["all three", "0.1"]]
     assert "0.0 (collapsed)" in out["CoLA"].tolist()
 
@@ -151,5 +151,5 @@ def test_the_aligners_cells_are_tasks_because_no_loss_reaches_it():
     rows = [frame([(task, "armada", loss, 0, value)]).assign(head=head)
             for i, task in enumerate(("cola", "rte", "copa")) for loss in ("cosine", "euclid")
             for head, value in (("aligner", i), ("aligner_aux", -i))]  # fmt: skip
-    r = report.head_correlation(pd.concat(rows), "aligner", "aligner_aux")
+    r = diagnosis.head_correlation(pd.concat(rows), "aligner", "aligner_aux")
     assert r["pairs"] == 3 and r["plain"] == pytest.approx(-1) and math.isnan(r["centred"])
