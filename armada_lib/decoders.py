@@ -107,9 +107,7 @@ def load(spec: StudentSpec, reconstructs: int, seed: int, dropout: float | None 
             attn_implementation=PACKED,
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=spec.revision)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = load_tokenizer(spec)
     if len(tokenizer) > base.get_input_embeddings().num_embeddings:
         raise ValueError(
             f"student {spec.name!r}: the tokenizer has {len(tokenizer)} tokens, the model "
@@ -125,6 +123,14 @@ def load(spec: StudentSpec, reconstructs: int, seed: int, dropout: float | None 
         target_modules=list(lora.targets), task_type="CAUSAL_LM",
     ))  # fmt: skip
     return Decoder(model, tokenizer, reconstructs)
+
+
+def load_tokenizer(spec: StudentSpec) -> Any:
+    """The student's tokenizer; where it has no padding token, the end token pads."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint(spec), revision=spec.revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def checkpoint(spec: StudentSpec) -> str:

@@ -76,7 +76,7 @@ def generate(
     Raises ValueError for prompts that are empty or too long, before any is answered.
     """
     ids, student = tokens(student, prompts, new_tokens), student.eval()
-    names = [_name(i, p, seed) for i, p in enumerate(prompts)]
+    names = [name(i, p, seed) for i, p in enumerate(prompts)]
     done = _read(kept) if kept else {}
     todo = sorted((i for i in range(len(ids)) if names[i] not in done), key=lambda i: -len(ids[i]))
     device, pad = next(student.parameters()).device, student.tokenizer.pad_token_id
@@ -150,7 +150,8 @@ def _plain(student: Decoder) -> Iterator[Any]:
         student.model.unmerge_adapter()
 
 
-def _name(number: int, prompt: str, seed: int | None) -> str:
+def name(number: int, prompt: str, seed: int | None) -> str:
+    """The key under which an answer is kept: place, seed and prompt."""
     return hashlib.sha256(f"{number}\0{seed}\0{prompt}".encode()).hexdigest()[:24]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from armada_lib import chapter, profiles, report, results, specs, views
+from armada_lib import chapter, gentasks, profiles, report, results, specs, views
 from armada_lib import tasks as task_table
 from armada_lib.methods import METHODS
 from armada_lib.profiles import MANIFOLDS, READINGS, Profile, StudentSpec, TeacherSpec, check
@@ -47,12 +47,11 @@ def played(spec: StudentSpec | TeacherSpec) -> str:
     return f"{name} played by {spec.note}" if spec.note else f"{name} ({spec.checkpoint})"
 
 
-def cast(profile: Profile, student: str, teacher: str | None) -> str:
-    """Who plays whom in a run: student, and teacher if there is one."""
-    parts = [played(profile.student(student))]
-    if teacher:
-        parts.append(played(profile.teacher(teacher)))
-    return "; ".join(parts)
+def cast(profile: Profile, student: str, teachers: Iterable[str]) -> str:
+    """Who plays whom in a run: student, and teachers if there are any."""
+    return "; ".join(
+        [played(profile.student(student)), *(played(profile.teacher(t)) for t in teachers)]
+    )
 
 
 def _seeds(n: int) -> str:
@@ -64,15 +63,25 @@ class Plan:
     """What a chapter will run: validated names and the complete specs."""
 
     profile: str
-    teacher: str
+    teachers: list[str]
     students: list[str]
     specs: list[RunSpec]
 
     @property
     def said(self) -> str:
         p = profiles.load(self.profile)
-        who = " | ".join(cast(p, s, self.teacher) for s in self.students)
+        who = " | ".join(cast(p, s, self.teachers) for s in self.students)
         return f"profile {self.profile}; {who}; {_seeds(len({s.seed for s in self.specs}))}"
+
+    @property
+    def absent(self) -> list[str]:
+        """Test sets of the paper whose data are not here."""
+        data = profiles.load(self.profile).data
+        suites = dict.fromkeys(s.task for s in self.specs if s.task in gentasks.SUITES)
+        return [
+            report.title(t) for suite in suites for t in gentasks.TASKS[suite].tests
+            if t not in gentasks.available(suite, data)
+        ]  # fmt: skip
 
     def run_line(self, store: RunStore | None = None) -> None:
         """Show what will run and how much of it is stored already."""
@@ -81,8 +90,9 @@ class Plan:
         chapter.run_line({
             "profile": f"{self.profile} ({p.about})",
             "student": [played(p.student(s)) for s in self.students],
-            "teacher": played(p.teacher(self.teacher)),
-            "tasks": list(dict.fromkeys(task_table.TASKS[s.task].title for s in self.specs)),
+            "teacher": [played(p.teacher(t)) for t in self.teachers],
+            "tasks": list(dict.fromkeys(report.title(s.task) for s in self.specs)),
+            "test sets not at hand": self.absent or None,
             "seeds": sorted({s.seed for s in self.specs}),
             "precision": sorted({s.training.precision for s in self.specs}),
             "runs": f"{len(self.specs)}, {stored} stored" if stored else len(self.specs),
@@ -122,7 +132,46 @@ def nlu(ns: dict[str, Any]) -> Plan:
         for s in specs.grid(name, wanted, methods, manifolds, readings, seeds,
                            student=student, teacher=got["teacher"], **weights)
     ]  # fmt: skip
-    return Plan(name, got["teacher"], students, planned)
+    return Plan(name, [got["teacher"]], students, planned)
+
+
+TUNING_PARAMETERS = (
+    "profile", "teachers", "student", "suites", "methods", "manifold", "seeds", "protocol",
+    "train_size", "test_size", "beta", "gamma", "workers", "keep",
+)  # fmt: skip
+
+
+def tuning(ns: dict[str, Any], block: str) -> Plan:
+    """Check the parameters of a chapter on students that generate and make its specs.
+
+    `block`: "reasoning" or "instruction", the part of the profile that says what "auto" means.
+    """
+    got = chapter.params(ns, TUNING_PARAMETERS)
+    name = profiles.default() if got["profile"] == "auto" else got["profile"]
+    p = profiles.load(name)
+    usual = getattr(p, block)
+    if usual is None:
+        raise ValueError(f"profile {name!r} has no block {block!r}")
+    able = [n for n, s in p.students.items() if s.lora]
+    student = several(got["student"], [usual.student], able, f"student that generates ({name})")[0]
+    teachers = several(got["teachers"], usual.teachers, p.teachers, f"teacher (profile {name})")
+    suites = [s for s in gentasks.SUITES if block.startswith(gentasks.TASKS[s].group)]
+    chosen = several(got["suites"], usual.suites, suites, f"suite of {block}")
+    methods = several(got["methods"], usual.methods, METHODS, "method")
+    if "undistilled" not in methods:
+        methods = ["undistilled", *methods]
+    manifolds = several(got["manifold"], usual.manifolds, MANIFOLDS, "manifold loss")
+    seeds = several(got["seeds"], usual.seeds)
+    if bad := [s for s in seeds if not str(s).isdigit()]:
+        raise ValueError(f"seeds must be whole numbers of 0 or more, such as 0,1,2; got {bad}")
+    RunStore().check()
+    given = {k: got[k] for k in ("protocol", "train_size", "test_size", "beta", "gamma")}
+    found = {
+        s.key: s for teacher in teachers
+        for s in specs.grid(name, chosen, methods, manifolds, ("paper",), [int(x) for x in seeds],
+                            student=student, teacher=teacher, **given)
+    }  # fmt: skip
+    return Plan(name, teachers, [student], list(found.values()))
 
 
 TEACHER_PARAMETERS = ("profile", "teachers", "tasks", "workers")
@@ -192,14 +241,14 @@ class Evidence:
     @property
     def said(self) -> str:
         one: RunSpec = self.records[0]["spec"]
-        teacher = next((r["spec"].teacher for r in self.records if r["spec"].teacher), None)
+        teachers = list(dict.fromkeys(r["spec"].teacher for r in self.records if r["spec"].teacher))
         counts = self.frame.groupby("task")["seed"].nunique()
         seeds = (
             _seeds(counts.max())
             if counts.min() == counts.max()
             else f"{counts.min()} to {_seeds(counts.max())}"
         )
-        return f"profile {one.profile}; {cast(profiles.load(one.profile), one.student, teacher)}; {seeds}"
+        return f"profile {one.profile}; {cast(profiles.load(one.profile), one.student, teachers)}; {seeds}"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -209,7 +258,7 @@ class Evidence:
         return {
             "evidence": f"book/results/{self.name}.jsonl",
             "runs": len(done),
-            "tasks": list(dict.fromkeys(task_table.TASKS[s.task].title for s in done)),
+            "tasks": list(dict.fromkeys(report.title(s.task) for s in done)),
             "seeds": sorted({s.seed for s in done}),
             "precision": sorted({s.training.precision for s in done}),
             "processor": sorted(

@@ -127,6 +127,38 @@ def answer(
     return generation.generate(student, prompts, room, kept, bf16=bf16, progress=progress)
 
 
+def said(s: RunSpec, store: RunStore) -> dict[str, list[str]]:
+    """The answers that a stored run gave, by test set. Raises FileNotFoundError if they are gone."""
+    found = {}
+    for name, items in specs.suite(s).tests.items():
+        path = store.root / "answers" / s.key / f"{name}.jsonl"
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: the answers of this run are not in the store")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        known = dict(json.loads(line) for line in lines)
+        tokenizer = decoders.load_tokenizer(profiles.load(s.profile).student(s.student))
+        prompts = [answers.prompt(i, s.training.template or "alpaca", tokenizer) for i in items]
+        found[name] = [known[generation.name(n, p, None)] for n, p in enumerate(prompts)]
+    return found
+
+
+def examples(before: RunSpec, after: RunSpec, store: RunStore, each: int = 1) -> pd.DataFrame:
+    """The first `each` items of every test set on which two runs score differently.
+
+    Columns test set, question, gold, before, after; the rule picks them, not the eye.
+    """
+    first, second, rows = said(before, store), said(after, store), []
+    for name, items in specs.suite(before).tests.items():
+        a, b = (gentasks.score(name, x[name], items).each for x in (first, second))
+        for n in np.flatnonzero(a != b)[:each]:
+            rows.append({
+                "test set": gentasks.TASKS[name].title, "question": items[n].teacher_text,
+                "gold": items[n].answer or items[n].references[0],
+                "before": answers.cut(first[name][n]), "after": answers.cut(second[name][n]),
+            })  # fmt: skip
+    return pd.DataFrame(rows, columns=["test set", "question", "gold", "before", "after"])
+
+
 def _trained(path: Path, student: Decoder, method: Method, train: Callable[[], Trained]) -> Trained:
     """What `train` leaves, kept in `path` until the answers are given."""
     if path.exists():

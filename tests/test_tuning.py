@@ -109,3 +109,20 @@ def test_a_damaged_file_of_weights_is_not_used(own, tmp_path):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"no weights")
     assert runs.run(s).scores == runs.run(s, RunStore(tmp_path / "other")).scores
+
+
+def test_examples_are_the_first_items_that_score_differently(own, monkeypatch):
+    a, b, store = make("undistilled"), make(), RunStore()
+    runs.study([a, b], store, workers=1, progress=False)
+    said = {s.key: tuning.said(s, store) for s in (a, b)}
+    items = specs.suite(a).tests["multiarith"]
+    student = runs.trained_student(b)
+    assert said[b.key]["multiarith"] == tuning.answer(b, student, items)
+    marks = {a.key: iter([[0, 1, 0, 1, 1], [0] * 5]), b.key: iter([[0, 1, 1, 0, 1], [0] * 5])}
+    whose = {id(said[k][t]): k for k in said for t in said[k]}
+    monkeypatch.setattr(tuning, "said", lambda s, _: said[s.key])
+    score = lambda name, x, _: gentasks.Score(0.0, np.array(next(marks[whose[id(x)]])), 0)
+    monkeypatch.setattr(gentasks, "score", score)
+    found = tuning.examples(a, b, store, each=1)
+    assert found["question"].tolist() == [items[2].teacher_text]
+    assert found["after"].tolist() == [tuning.answers.cut(said[b.key]["multiarith"][2])]
