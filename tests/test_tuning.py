@@ -9,7 +9,7 @@ import pytest
 import yaml
 from test_decoders import llama  # noqa: F401  (a fixture)
 
-from armada_lib import extraction, gentasks, profiles, runs, specs, tuning
+from armada_lib import chapter, extraction, gentasks, plans, profiles, report, runs, specs, tuning
 from armada_lib.results import RunStore
 
 PEOPLE = ("cat", "dog", "bird")
@@ -24,6 +24,9 @@ def own(project, llama, tmp_path, monkeypatch):  # noqa: F811
         "epochs": 2, "batch_size": 4, "max_length": 48, "template": "plain", "new_tokens": 4,
         "test_size": 5, "student_lr": 1.0e-2,
     }}  # fmt: skip
+    raw["reasoning"] = {"student": "llama", "suites": ["math"], "teachers": ["sd14"], "seeds": [0],
+                        "methods": ["armada", "shuffled"], "manifolds": ["euclid"]}  # fmt: skip
+    raw["instruction"] = None
     (project / "params/profiles/tuned.yaml").write_text(yaml.safe_dump(raw))
     base = project / "book/data/mini/reasoning"
     for task, split, n in (
@@ -126,3 +129,48 @@ def test_examples_are_the_first_items_that_score_differently(own, monkeypatch):
     found = tuning.examples(a, b, store, each=1)
     assert found["question"].tolist() == [items[2].teacher_text]
     assert found["after"].tolist() == [tuning.answers.cut(said[b.key]["multiarith"][2])]
+
+
+CHAPTER = dict(
+    profile="tuned", teachers="auto", student="auto", suites="auto", methods="auto", manifold="auto",
+    seeds="auto", protocol=None, train_size=None, test_size=None, beta=None, gamma=None, workers=1, keep="",
+)  # fmt: skip
+
+
+def test_a_chapter_plans_its_runs_and_names_missing_test_sets(own):
+    plan = plans.tuning(dict(CHAPTER), "reasoning")
+    assert [(s.method, s.task) for s in plan.specs] == [
+        ("undistilled", "math"), ("armada", "math"), ("shuffled", "math")]  # fmt: skip
+    assert plan.teachers == ["sd14"] and plan.absent == ["AQuA"]
+    other = plans.tuning(CHAPTER | {"protocol": "likelihood", "train_size": 8}, "reasoning")
+    assert {s.training.protocol for s in other.specs} == {"likelihood"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"suites": "dolly"}, "unknown suite of reasoning 'dolly'"),
+        ({"student": "bert-6l"}, "unknown student that generates"),
+        ({"teachers": "sd41"}, "unknown teacher"),
+        ({"seeds": [-1]}, "seeds must be whole numbers"),
+        ({"protocol": "guess"}, "protocol"),
+        ({"train_size": 800}, "train_size is 800, but 12 of 12"),
+        ({"taecher": 1}, "unknown parameter 'taecher'"),
+    ],
+)
+def test_a_chapters_mistakes_are_named_before_any_work(own, change, message):
+    with pytest.raises(ValueError, match=message):
+        plans.tuning(CHAPTER | change, "reasoning")
+    with pytest.raises(ValueError, match="profile 'tuned' has no block 'instruction'"):
+        plans.tuning(dict(CHAPTER), "instruction")
+
+
+def test_scores_and_gains_are_by_test_set(own):
+    found = runs.study(plans.tuning(dict(CHAPTER), "reasoning").specs, workers=1, progress=False)
+    frame = report.table(found)
+    assert set(frame["title"]) == {"MultiArith", "SingleEq"} and len(frame) == 6
+    table = report.scores(frame, chapter.published(4))
+    assert table[table["trained as"] == "undistilled"]["published"].tolist() == ["–", "–"]
+    grid = report.gain_grid(frame)
+    assert grid["trained as"].tolist() == ["ARMADA Euclid", "shuffled teacher"]
+    assert {"MultiArith", "SingleEq", "mean over tasks"} <= set(grid)
