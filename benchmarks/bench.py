@@ -22,6 +22,8 @@ BENCHMARKS = {
     "train_mrpc_vs_trainer_dynamic": "speed",
     "train_cola_vs_trainer_grouped": "speed",
     "train_mrpc_vs_trainer_grouped": "speed",
+    "train_cola_vs_trainer_grouped_epoch": "speed",
+    "train_mrpc_vs_trainer_grouped_epoch": "speed",
     "train_cola_default_vs_trainer_fp32": "speed",
     "armada_over_undistilled": "overhead",
     "armada_exact_over_undistilled": "overhead",
