@@ -21,6 +21,7 @@ from PIL import Image
 from armada_lib import profiles
 from armada_lib.settings import VideoSpec
 from armada_lib.teachers import common
+from armada_lib.teachers.attention import NARROW, BroadcastAttention
 from armada_lib.teachers.common import missing
 from armada_lib.teachers.image import _bf16_forward, _text_encoder
 
@@ -240,6 +241,8 @@ def _pipeline(spec: VideoSpec, device: str, mode: str) -> Any:
             # PyTorch's CPU GroupNorm is about ten times slower on channels-last input.
             if isinstance(module, torch.nn.GroupNorm):
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        if pipe.unet.config.attention_head_dim <= NARROW:
+            pipe.unet.set_attn_processor(BroadcastAttention())
     if mode == "bf16":
         pipe.unet.forward = functools.partial(_bf16_forward, pipe.unet.forward)
     if spec.compile:
@@ -247,7 +250,7 @@ def _pipeline(spec: VideoSpec, device: str, mode: str) -> Any:
     return pipe
 
 
-def spatial_weights(unet: Any, spatial: str | Path) -> dict[str, torch.Tensor]:
+def spatial_weights(unet: Any, spatial: str | Path, own: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Weights of the image model in the folder `spatial`, by their name and shape in the 3D `unet`.
 
     diffusers gives a layer that treats every frame by itself the same name in both models; only a
@@ -263,7 +266,8 @@ def spatial_weights(unet: Any, spatial: str | Path) -> dict[str, torch.Tensor]:
     here = dict(unet.named_modules())
     for name, module in image.named_modules():
         heads = [getattr(m, "heads", None) for m in (module, here.get(name))]
-        if heads[0] != heads[1]:
+        narrowed = {f"{name}.to_q.weight", f"{name}.to_k.weight"} <= own.keys()
+        if heads[0] != heads[1] and not narrowed:
             raise ValueError(f"{spatial}: layer {name!r} has {heads} heads in image, video model")
     slots = unet.state_dict()
     return {
@@ -284,8 +288,8 @@ def assemble_unet(folder: str | Path, spatial: str | Path | None) -> Any:
 
     where = Path(folder) / "unet"
     unet = UNet3DConditionModel.from_config(UNet3DConditionModel.load_config(where))
-    weights = spatial_weights(unet, spatial) if spatial else {}
-    weights |= load_file(where / WEIGHTS)
+    own = load_file(where / WEIGHTS)
+    weights = spatial_weights(unet, spatial, own) | own if spatial else own
     slots = {name: slot.shape for name, slot in unet.state_dict().items()}
     misfits = {
         "in neither model": [name for name in slots if name not in weights],
