@@ -86,6 +86,7 @@ def test_any_other_training_setting_is_another_key(field):
         "select": "best", "precision": "bf16", "dropout": 0.5, "copa": "pair", "aligner": "direct",
         "projection": "free", "detach": False, "compile": True,
         "soft": "kl", "distance": "squared", "manifold_to": "both",
+        "template": "chat", "protocol": "likelihood", "new_tokens": 9, "test_size": 9,
     }  # fmt: skip
     old = getattr(Training(), field)
     new = other[field] if field in other else old + 1
