@@ -205,14 +205,13 @@ class Encoded:
         if self.teacher is None:
             return None
         rows = texts if self.where is None else self.where[texts]
-        absent = torch.from_numpy(rows < 0)
-        x = self.teacher.index_select(0, torch.from_numpy(rows).clamp(min=0)).float()
+        x = self.teacher.index_select(0, torch.from_numpy(np.maximum(rows, 0))).float()
         if self.mean is not None and self.scale is not None:
             x = (x - self.mean) / self.scale
-        if self.where is None:
+        if (rows >= 0).all():
             return x
-        mean = 0.0 if self.mean is not None or self.absent is None else self.absent
-        return torch.where(absent[:, None], mean, x)
+        mean = 0.0 if self.absent is None else self.absent
+        return torch.where(torch.from_numpy(rows < 0)[:, None], mean, x)
 
     def batch(self, rows: np.ndarray, packed: bool) -> Batch:
         """Collate examples; inside a batch they are ordered by length, longest first."""

@@ -17,21 +17,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from armada_lib import profiles
 from armada_lib.batching import PACKED
 from armada_lib.profiles import StudentSpec
-from armada_lib.students import Family, Student, StudentOutput, quiet
+from armada_lib.students import Family, Student, StudentOutput, quiet, text_mean
 
 # Families whose attention goes through transformers' interface and is given the batch's packing.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "opt")
 
 
-def _family(model: Any) -> Family:
-    return Family(
-        encoder=lambda m: m.get_base_model().model,
-        transform=lambda m, x: x,
-        dropout=lambda m, x: x,
-        head=lambda m: m.get_base_model().lm_head,
-        pooling="mean",
-        packs=True,
-    )
+FAMILY = Family(
+    encoder=lambda m: m.get_base_model().model,
+    transform=lambda m, x: x,
+    dropout=lambda m, x: x,
+    head=lambda m: m.get_base_model().lm_head,
+    pooling="mean",
+    packs=True,
+)
 
 
 class Decoder(Student):
@@ -45,7 +44,7 @@ class Decoder(Student):
     def __init__(self, model: Any, tokenizer: Any, reconstructs: int) -> None:
         nn.Module.__init__(self)
         self.model, self.tokenizer, self.regression = model, tokenizer, False
-        self.family, self.pooling, self.early = _family(model), "mean", False
+        self.family, self.pooling, self.early = FAMILY, FAMILY.pooling, False
         self.width = model.get_base_model().config.hidden_size
         self.outputs = reconstructs
         self.branch: nn.ModuleDict | None = None
@@ -59,7 +58,7 @@ class Decoder(Student):
         states = encoder(**read, use_cache=False).last_hidden_state[0]
         logits = self.family.head(self.model)(states.index_select(0, predict))
         with torch.autocast(states.device.type, enabled=False):
-            h = _mean(states.index_select(0, asked).float(), text, len(inputs["packing"].first))
+            h = text_mean(states.index_select(0, asked).float(), text, len(inputs["packing"].first))
             if self.branch is None:
                 return StudentOutput(logits.float(), h, None, None)
             p = self.branch["projection"](h)
@@ -69,12 +68,6 @@ class Decoder(Student):
         """Write a plain peft adapter and the tokenizer; `PeftModel.from_pretrained` reads it."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-def _mean(x: torch.Tensor, text: torch.Tensor, n: int) -> torch.Tensor:
-    """Mean of the rows of x (t, d) that belong to each of n texts: (n, d)."""
-    total = x.new_zeros(n, x.shape[1]).index_add(0, text, x)
-    return total / torch.bincount(text, minlength=n)[:, None]
 
 
 def load(spec: StudentSpec, reconstructs: int, seed: int, dropout: float | None = None) -> Decoder:

@@ -76,7 +76,9 @@ def fill(
     if workers <= 1 or len(parts) == 1:
         return _fill(profile, teacher, missing, store.root, progress)
     with (
-        tqdm(total=len(missing), desc=_bar(teacher), unit="text", disable=not progress) as bar,
+        tqdm(
+            total=len(missing), desc=f"vectors of {teacher}", unit="text", disable=not progress
+        ) as bar,
         pool(workers) as processes,
     ):
         jobs = {
@@ -99,10 +101,6 @@ def _fill(profile: str, teacher: str, texts: list[str], root: Any, progress: boo
 def refusals(profile: str, teacher: str, texts: Sequence[str]) -> set[str]:
     """Texts that a black box is known to have refused."""
     return teachers.refused(profiles.load(profile).teacher(teacher), texts, specs.device().type)
-
-
-def _bar(teacher: str) -> str:
-    return f"vectors of {teacher}"
 
 
 @cache
@@ -216,16 +214,14 @@ def estimate(profile: str, teacher: str, texts: int) -> dict[str, int | None]:
     Reads the heads of weight files that are on this machine; fetches nothing.
     """
     who = profiles.load(profile).teacher(teacher)
-    found, known = 0, False
-    names = ("checkpoint", "text_encoder", "adapter", "spatial", "vocoder", "encoder", "painter")
+    found = 0
+    names = ("checkpoint", "text_encoder", "adapter", "spatial", "vocoder", "encoder")
     for reference in filter(None, (getattr(who, n, None) for n in names)):
-        where = Path(profiles.resolve(reference)) if isinstance(reference, str) else None
-        for file in where.rglob("*.safetensors") if where and where.is_dir() else ():
-            known = True
+        for file in Path(profiles.resolve(reference)).rglob("*.safetensors"):
             with safe_open(file, "pt") as f:
                 found += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())  # noqa: SIM118
     size = 2 if specs.device().type == "cuda" else 4
     return {
         "disk": texts * (who.width * 2 + features.KEY),
-        "weights": found * size if known else None,
+        "weights": found * size or None,
     }

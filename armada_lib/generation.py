@@ -77,7 +77,7 @@ def generate(
     """
     ids, student = tokens(student, prompts, new_tokens), student.eval()
     names = [name(i, p, seed) for i, p in enumerate(prompts)]
-    done = _read(kept) if kept else {}
+    done = kept_answers(kept) if kept else {}
     todo = sorted((i for i in range(len(ids)) if names[i] not in done), key=lambda i: -len(ids[i]))
     device, pad = next(student.parameters()).device, student.tokenizer.pad_token_id
     bar = tqdm(total=len(ids), initial=len(ids) - len(todo), desc="answers", disable=not progress)
@@ -159,14 +159,14 @@ def _fold(name: str) -> int:
     return int(name[:15], 16)
 
 
-def _read(path: Path) -> dict[str, str]:
-    """Answers kept by an earlier call; a line cut short by a kill is left out."""
+def kept_answers(path: Path) -> dict[str, str]:
+    """Answers kept by an earlier call, by `name`; a line cut short by a kill is left out."""
     found: dict[str, str] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError, ValueError):
-                name, text = json.loads(line)
-                found[name] = text
+                key, text = json.loads(line)
+                found[key] = text
     return found
 
 

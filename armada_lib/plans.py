@@ -104,6 +104,19 @@ class Plan:
         return pd.concat(frames, ignore_index=True)
 
 
+def _methods(value: Any, usual: Sequence[str]) -> list[str]:
+    chosen = several(value, usual, METHODS, "method")
+    # a gain needs what it is a gain over
+    return chosen if "undistilled" in chosen else ["undistilled", *chosen]
+
+
+def _numbers(value: Any, usual: Sequence[int]) -> list[int]:
+    seeds = several(value, usual)
+    if bad := [s for s in seeds if not str(s).isdigit()]:
+        raise ValueError(f"seeds must be whole numbers of 0 or more, such as 0,1,2; got {bad}")
+    return [int(s) for s in seeds]
+
+
 def nlu(ns: dict[str, Any]) -> Plan:
     """Check the NLU chapter's parameters and make its specs; nothing is computed yet.
 
@@ -116,15 +129,10 @@ def nlu(ns: dict[str, Any]) -> Plan:
     p.teacher(got["teacher"])
     students = several(got["student"], [p.nlu.student], p.students, f"student (profile {name})")
     wanted = several(got["tasks"], p.nlu.tasks, task_table.TASKS, "task")
-    methods = several(got["methods"], p.nlu.methods, METHODS, "method")
-    if "undistilled" not in methods:  # a gain needs what it is a gain over
-        methods = ["undistilled", *methods]
+    methods = _methods(got["methods"], p.nlu.methods)
     manifolds = several(got["manifold"], p.nlu.manifolds, MANIFOLDS, "manifold loss")
     readings = several(got["reading"], p.nlu.readings, READINGS, "reading")
-    seeds = several(got["seeds"], p.nlu.seeds)
-    if bad := [s for s in seeds if not str(s).isdigit()]:
-        raise ValueError(f"seeds must be whole numbers of 0 or more, such as 0,1,2; got {bad}")
-    seeds = [int(s) for s in seeds]
+    seeds = _numbers(got["seeds"], p.nlu.seeds)
     weights = {k: got[k] for k in ("alpha", "beta", "gamma", "tau")}
     RunStore().check()
     planned = [
@@ -157,18 +165,14 @@ def tuning(ns: dict[str, Any], block: str) -> Plan:
     teachers = several(got["teachers"], usual.teachers, p.teachers, f"teacher (profile {name})")
     suites = [s for s in gentasks.SUITES if block.startswith(gentasks.TASKS[s].group)]
     chosen = several(got["suites"], usual.suites, suites, f"suite of {block}")
-    methods = several(got["methods"], usual.methods, METHODS, "method")
-    if "undistilled" not in methods:
-        methods = ["undistilled", *methods]
+    methods = _methods(got["methods"], usual.methods)
     manifolds = several(got["manifold"], usual.manifolds, MANIFOLDS, "manifold loss")
-    seeds = several(got["seeds"], usual.seeds)
-    if bad := [s for s in seeds if not str(s).isdigit()]:
-        raise ValueError(f"seeds must be whole numbers of 0 or more, such as 0,1,2; got {bad}")
+    seeds = _numbers(got["seeds"], usual.seeds)
     RunStore().check()
     given = {k: got[k] for k in ("protocol", "train_size", "test_size", "beta", "gamma")}
     found = {
         s.key: s for teacher in teachers
-        for s in specs.grid(name, chosen, methods, manifolds, ("paper",), [int(x) for x in seeds],
+        for s in specs.grid(name, chosen, methods, manifolds, ("paper",), seeds,
                             student=student, teacher=teacher, **given)
     }  # fmt: skip
     return Plan(name, teachers, [student], list(found.values()))

@@ -97,6 +97,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def text_mean(x: torch.Tensor, text: torch.Tensor, n: int) -> torch.Tensor:
+    """Mean of the rows of x (t, d) that belong to each of n texts, `text` (t,): (n, d)."""
+    total = x.new_zeros(n, x.shape[1]).index_add(0, text, x)
+    return total / torch.bincount(text, minlength=n)[:, None]
+
+
 class Student(nn.Module):
     """`model` + training branch. See `load` for how one is made.
 
@@ -166,9 +172,7 @@ class Student(nn.Module):
         if packing is not None:
             flat = states[0]
             if self.pooling == "mean":
-                n = len(packing.first)
-                total = flat.new_zeros(n, flat.shape[1]).index_add(0, packing.text, flat)
-                return total / (packing.last - packing.first + 1)[:, None]
+                return text_mean(flat, packing.text, len(packing.first))
             return flat.index_select(0, packing.first if self.pooling == "cls" else packing.last)
         assert mask is not None
         if self.pooling == "mean":

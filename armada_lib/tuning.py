@@ -130,14 +130,12 @@ def answer(
 
 def said(s: RunSpec, store: RunStore) -> dict[str, list[str]]:
     """The answers that a stored run gave, by test set. Raises FileNotFoundError if they are gone."""
-    found = {}
+    found, tokenizer = {}, decoders.load_tokenizer(profiles.load(s.profile).student(s.student))
     for name, items in specs.suite(s).tests.items():
         path = store.root / "answers" / s.key / f"{name}.jsonl"
         if not path.exists():
             raise FileNotFoundError(f"{path}: the answers of this run are not in the store")
-        lines = path.read_text(encoding="utf-8").splitlines()
-        known = dict(json.loads(line) for line in lines)
-        tokenizer = decoders.load_tokenizer(profiles.load(s.profile).student(s.student))
+        known = generation.kept_answers(path)
         prompts = [answers.prompt(i, s.training.template or "alpaca", tokenizer) for i in items]
         found[name] = [known[generation.name(n, p, None)] for n, p in enumerate(prompts)]
     return found

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet3DConditionModel
 from emoji_painter import ASSET as PAINTER
-from emoji_painter import UNET, contiguous_groupnorm, train
+from emoji_painter import UNET, contiguous_groupnorm, run_stages, train
 from film_data import BATCH, FRAMES, MOTIONS, PASSING, WORDS, make_clips, sentence, text_encoder
 from painter_data import SEED, TOKENS, read_json, write_json
 from safetensors.torch import load_file, save_file
@@ -260,17 +260,9 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for clips, checkpoints, logs"
     )
     parser.add_argument("--painter", type=Path, required=True, help="--out of emoji_painter.py")
-    parser.add_argument("--stage", choices=STAGES, help="run this stage alone, even if it is done")
     parser.add_argument("--minutes", type=float, default=80, help="of training")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--asset", type=Path, default=ASSET, help="folder that gets the weights")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, (stage, product) in STAGES.items():
-        if name == args.stage or args.stage is None and not (args.out / product).exists():
-            print(f"stage {name}", flush=True)
-            stage(args)
+    run_stages(parser, STAGES)
 
 
 if __name__ == "__main__":

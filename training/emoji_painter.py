@@ -271,6 +271,19 @@ STAGES = dict(  # name -> (function, the file or folder that shows it is done)
 )
 
 
+def run_stages(parser: argparse.ArgumentParser, stages: dict) -> None:
+    """Read the command line and run the stages that are not finished, or the one that is named."""
+    parser.add_argument("--stage", choices=stages, help="run this stage alone, even if it is done")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, (stage, product) in stages.items():
+        if name == args.stage or args.stage is None and not (args.out / product).exists():
+            print(f"stage {name}", flush=True)
+            stage(args)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -278,20 +291,12 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for data, checkpoints and logs"
     )
-    parser.add_argument("--stage", choices=STAGES, help="run this stage alone, even if it is done")
     parser.add_argument("--vae-minutes", type=float, default=9)
     parser.add_argument("--unet-minutes", type=float, default=45)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--asset", type=Path, default=ASSET, help="folder that gets the weights")
     parser.add_argument("--font", default=FONT)
     parser.add_argument("--cldr", default=CLDR)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, (stage, product) in STAGES.items():
-        if name == args.stage or args.stage is None and not (args.out / product).exists():
-            print(f"stage {name}", flush=True)
-            stage(args)
+    run_stages(parser, STAGES)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from emoji_painter import ASSET as PAINTER
 from emoji_painter import encode
 from film_data import BATCH, FRAMES, MOTIONS, WORDS, move
 from painter_data import read_json, write_json
-from painter_evaluation import CANDIDATES, pick, retrieval
+from painter_evaluation import CANDIDATES, fill_card, pick, retrieval
 from PIL import Image
 from safetensors import safe_open
 
@@ -191,9 +191,7 @@ def evaluate(out: Path, painter: Path, asset: Path, seed: int) -> dict:
     write_json(asset / "evaluation.json", result)
     draw_losses(out, asset / "loss.png")
     draw_samples(film, shown, asset / "samples.png")
-    card, (start, end) = asset / "README.md", ("<!-- measured -->", "<!-- /measured -->")
-    head, tail = (card.read_text().split(mark)[k] for k, mark in enumerate((start, end)))
-    card.write_text(f"{head}{start}\n\n{table(result)}\n\n{end}{tail}")
+    fill_card(asset / "README.md", table(result))
     return result
 
 

@@ -192,7 +192,7 @@ def evaluate(out: Path, asset: Path, seed: int) -> dict:
         },
     }
     (asset / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    fill_card(asset / "README.md", result)
+    fill_card(asset / "README.md", table(result))
     draw_losses(out, asset / "loss.png")
     draw_samples(teacher, pictures, samples, asset / "samples.png")
     return result
@@ -256,12 +256,12 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def fill_card(path: Path, result: dict) -> None:
-    """Replace what stands between the two marks of the model card."""
+def fill_card(path: Path, measured: str) -> None:
+    """Put `measured` between the two marks of the model card."""
     start, end = "<!-- measured -->", "<!-- /measured -->"
     text = path.read_text()
     head, tail = text.split(start)[0], text.split(end)[1]
-    path.write_text(f"{head}{start}\n\n{table(result)}\n\n{end}{tail}")
+    path.write_text(f"{head}{start}\n\n{measured}\n\n{end}{tail}")
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from emoji_painter import ASSET as PAINTER
-from emoji_painter import contiguous_groupnorm, encode, train
+from emoji_painter import contiguous_groupnorm, encode, run_stages, train
 from painter_data import CLDR, FONT, PIXELS, SEED, make_captions, make_data, read_json, write_json
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -208,19 +208,11 @@ def main() -> None:
     parser.add_argument(
         "--icons", type=Path, required=True, help="folder with icons.json and chars.json"
     )
-    parser.add_argument("--stage", choices=STAGES, help="run this stage alone, even if it is done")
     parser.add_argument("--minutes", type=float, default=25)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--asset", type=Path, default=ASSET, help="folder that gets the adapter")
     parser.add_argument("--font", default=FONT)
     parser.add_argument("--cldr", default=CLDR)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, (stage, product) in STAGES.items():
-        if name == args.stage or args.stage is None and not (args.out / product).exists():
-            print(f"stage {name}", flush=True)
-            stage(args)
+    run_stages(parser, STAGES)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from painter_evaluation import (
     CANDIDATES,
     SENTENCES,
+    fill_card,
     paired,
     pick,
     pool,
@@ -103,7 +104,7 @@ def evaluate(out: Path, asset: Path, seed: int) -> dict:
         "bytes": (asset / WEIGHTS).stat().st_size,
     }
     (asset / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    fill_card(asset / "README.md", result)
+    fill_card(asset / "README.md", table(result))
     draw_losses(out, asset / "loss.png")
     draw_samples(painters, pictures, at, samples, asset / "samples.png")
     return result
@@ -223,14 +224,6 @@ def table(result: dict) -> str:
     }
     lines += ["", "| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())]
     return "\n".join(lines)
-
-
-def fill_card(path: Path, result: dict) -> None:
-    """Replace what stands between the two marks of the model card."""
-    start, end = "<!-- measured -->", "<!-- /measured -->"
-    text = path.read_text()
-    head, tail = text.split(start)[0], text.split(end)[1]
-    path.write_text(f"{head}{start}\n\n{table(result)}\n\n{end}{tail}")
 
 
 def draw_losses(out: Path, path: Path) -> None:

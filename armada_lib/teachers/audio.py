@@ -66,21 +66,18 @@ class AudioTeacher:
         sound is silent or too short, and FloatingPointError for a vector that is not finite or is
         constant.
         """
-        common.check_texts(texts)
-        out = np.empty((len(texts), self.width), np.float16)
-        for at in range(0, len(texts), self.spec.batch_size):
-            batch = list(texts[at : at + self.spec.batch_size])
-            total = np.zeros((len(batch), self.width), np.float32)
-            for speaker in range(len(self.voice.speakers)):
-                for row, (wave, rate) in enumerate(self._speak(batch, speaker)):
-                    try:
-                        total[row] += self.encoder(wave, rate)
-                    except ValueError as e:
-                        raise ValueError(f"teacher {self.name!r}, {batch[row][:60]!r}: {e}") from e
-            with np.errstate(over="ignore"):  # reported as not finite below
-                out[at : at + len(batch)] = total / len(self.voice.speakers)
-            common.check_vectors(out[at : at + len(batch)], batch, self.name)
-        return out
+        step = self.spec.batch_size
+        return common.in_batches(texts, self.width, step, self.name, self._vectors)
+
+    def _vectors(self, texts: list[str]) -> np.ndarray:
+        total = np.zeros((len(texts), self.width), np.float32)
+        for speaker in range(len(self.voice.speakers)):
+            for row, (wave, rate) in enumerate(self._speak(texts, speaker)):
+                try:
+                    total[row] += self.encoder(wave, rate)
+                except ValueError as e:
+                    raise ValueError(f"teacher {self.name!r}, {texts[row][:60]!r}: {e}") from e
+        return total / len(self.voice.speakers)
 
     def speak(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
         """What `encode` hears (its first speaker): float32 samples in [-1, 1] and their rate, Hz."""

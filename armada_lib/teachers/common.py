@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,33 @@ def missing(error: Exception, where: str, revision: str | None) -> FileNotFoundE
         f"the weights of {where} are not here and cannot be fetched; get them with "
         f"`hf download {where}{option}`"
     )
+
+
+def in_batches(
+    texts: list[str], width: int, size: int, name: str, vectors: Callable[[list[str]], Any]
+) -> np.ndarray:
+    """Vectors of `texts`, float16 (n, width), from `vectors(part)` of at most `size` texts at once.
+
+    Raises what `check_texts`, before any work, and `check_vectors` raise.
+    """
+    check_texts(texts)
+    out = np.empty((len(texts), width), np.float16)
+    for at in range(0, len(texts), size):
+        part = list(texts[at : at + size])
+        found = vectors(part)
+        with np.errstate(over="ignore"):  # reported as not finite below
+            out[at : at + len(part)] = found
+        check_vectors(out[at : at + len(part)], part, name)
+    return out
+
+
+def count_longer(texts: list[str], tokenizer: Any, limit: int) -> int:
+    """How many of `texts` have more than `limit` tokens."""
+    if not texts:
+        return 0
+    with quiet():
+        ids = tokenizer(list(texts), truncation=False, verbose=False).input_ids
+    return sum(len(row) > limit for row in ids)
 
 
 @contextmanager

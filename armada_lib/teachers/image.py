@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from armada_lib import profiles
 from armada_lib.settings import ImageSpec
 from armada_lib.teachers.common import (
     check_texts,
-    check_vectors,
+    count_longer,
     digest,
     identity,
+    in_batches,
     precision,
     quiet,
     seed,
@@ -111,33 +112,21 @@ class ImageTeacher:
         Raises ValueError for an empty text (before any work) and FloatingPointError for a vector
         that is not finite or is constant.
         """
-        check_texts(texts)
-        out = np.empty((len(texts), self.width), np.float16)
-        for at, batch in self._batches(texts):
-            latents = self._run(batch, "latent")
-            vectors = READOUTS[self.spec.latent](latents.float()).cpu().numpy()
-            with np.errstate(over="ignore"):  # reported as not finite below
-                out[at : at + len(batch)] = vectors
-            check_vectors(out[at : at + len(batch)], batch, self.name)
-        return out
+        read = READOUTS[self.spec.latent]
+        vectors = lambda part: read(self._run(part, "latent").float()).cpu().numpy()
+        return in_batches(texts, self.width, self.spec.batch_size, self.name, vectors)
 
     def paint(self, texts: list[str]) -> list[Image.Image]:
         """The pictures whose latents `encode` returns."""
         check_texts(texts)
-        return [picture for _, batch in self._batches(texts) for picture in self._run(batch, "pil")]
+        step = self.spec.batch_size
+        parts = (list(texts[at : at + step]) for at in range(0, len(texts), step))
+        return [picture for part in parts for picture in self._run(part, "pil")]
 
     def truncated(self, texts: list[str]) -> int:
         """How many of `texts` are longer than the text encoder reads: their ends are not seen."""
-        if not texts:
-            return 0
         tokenizer = self.pipeline.tokenizer
-        with quiet():
-            ids = tokenizer(list(texts), truncation=False).input_ids
-        return sum(len(row) > tokenizer.model_max_length for row in ids)
-
-    def _batches(self, texts: list[str]) -> Iterator[tuple[int, list[str]]]:
-        for at in range(0, len(texts), self.spec.batch_size):
-            yield at, list(texts[at : at + self.spec.batch_size])
+        return count_longer(texts, tokenizer, tokenizer.model_max_length)
 
     def _states(self, texts: list[str]) -> torch.Tensor:
         return self.pipeline.encode_prompt(texts, self.device, 1, False)[0]

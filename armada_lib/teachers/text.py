@@ -45,25 +45,18 @@ class TextTeacher:
                 f"its width is set to {spec.width}"
             )
 
-    @torch.inference_mode()
     def encode(self, texts: list[str]) -> np.ndarray:
         """Vectors of `texts`, float16 (n, width). Raises ValueError for an empty text."""
-        common.check_texts(texts)
-        out = np.empty((len(texts), self.width), np.float16)
-        for at in range(0, len(texts), self.batch_size):
-            part = texts[at : at + self.batch_size]
-            inputs = self.tokenizer(
-                part, padding=True, truncation=True, max_length=self.limit, return_tensors="pt"
-            ).to(self.model.device)
-            states, mask = self.model(**inputs).last_hidden_state, inputs.attention_mask[..., None]
-            out[at : at + len(part)] = ((states * mask).sum(1) / mask.sum(1)).cpu().numpy()
-            common.check_vectors(out[at : at + len(part)], part, self.name)
-        return out
+        return common.in_batches(texts, self.width, self.batch_size, self.name, self._vectors)
+
+    @torch.inference_mode()
+    def _vectors(self, texts: list[str]) -> np.ndarray:
+        inputs = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.limit, return_tensors="pt"
+        ).to(self.model.device)
+        states, mask = self.model(**inputs).last_hidden_state, inputs.attention_mask[..., None]
+        return ((states * mask).sum(1) / mask.sum(1)).cpu().numpy()
 
     def truncated(self, texts: list[str]) -> int:
         """How many of `texts` are longer than the encoder reads."""
-        if not texts:
-            return 0
-        with common.quiet():
-            ids = self.tokenizer(texts, truncation=False, verbose=False).input_ids
-        return sum(len(row) > self.limit for row in ids)
+        return common.count_longer(texts, self.tokenizer, self.limit)

@@ -72,17 +72,12 @@ class VideoTeacher:
         Raises ValueError for an empty text (before any work) and FloatingPointError for a vector
         that is not finite or is constant.
         """
-        common.check_texts(texts)
-        out = np.empty((len(texts), self.width), np.float16)
-        for at in range(0, len(texts), self.spec.batch_size):
-            batch = list(texts[at : at + self.spec.batch_size])
-            vectors = self._read(self._latents(batch)).cpu().numpy()
-            if self.spec.project:
-                vectors = project(vectors, self.width)
-            with np.errstate(over="ignore"):  # reported as not finite below
-                out[at : at + len(batch)] = vectors
-            common.check_vectors(out[at : at + len(batch)], batch, self.name)
-        return out
+
+        def vectors(part: list[str]) -> np.ndarray:
+            found = self._read(self._latents(part)).cpu().numpy()
+            return project(found, self.width) if self.spec.project else found
+
+        return common.in_batches(texts, self.width, self.spec.batch_size, self.name, vectors)
 
     @torch.inference_mode()
     def film(self, texts: list[str]) -> list[list[Image.Image]]:
@@ -94,12 +89,8 @@ class VideoTeacher:
 
     def truncated(self, texts: list[str]) -> int:
         """How many of `texts` are longer than the text encoder reads: their ends are not seen."""
-        if not texts:
-            return 0
         tokenizer = self.pipeline.tokenizer
-        with common.quiet():
-            ids = tokenizer(list(texts), truncation=False).input_ids
-        return sum(len(row) > tokenizer.model_max_length for row in ids)
+        return common.count_longer(texts, tokenizer, tokenizer.model_max_length)
 
     def _states(self, texts: list[str]) -> torch.Tensor:
         return self.pipeline.encode_prompt(texts, self.device, 1, False)[0]
