@@ -84,8 +84,7 @@ class Template:
 _TASK = "Below is an instruction that describes a task"
 _WRITE = "Write a response that appropriately completes the request."
 
-# "chat" is the chat template of the tokenizer: it already holds the start token, so tokenise its
-# text with add_special_tokens=False.
+# "chat" is the chat template of the tokenizer.
 TEMPLATES: dict[str, Template | None] = {
     "alpaca": Template(
         f"{_TASK}, paired with an input that provides further context. {_WRITE}\n\n"
@@ -121,25 +120,6 @@ def prompt(item: Item, template: str | Template, tokenizer: Any = None) -> str:
         )
     turn = [{"role": "user", "content": item.prompt_text}]
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-
-
-def check_context(
-    items: Sequence[Item], template: str | Template, tokenizer: Any, context: int
-) -> np.ndarray:
-    """Tokens of every prompt, int64 (n,); ValueError if one leaves no room in `context` tokens."""
-    special = template != "chat"
-    texts = [prompt(i, template, tokenizer) for i in items]
-    lengths = np.array(
-        [len(ids) for ids in tokenizer(texts, add_special_tokens=special)["input_ids"]], dtype=int
-    )
-    long = np.flatnonzero(lengths >= context)
-    if len(long):
-        worst = int(lengths.argmax())
-        raise ValueError(
-            f"{len(long)} of {len(items)} prompts leave no room for a response in a context of "
-            f"{context} tokens; the longest, {items[worst].id}, has {lengths[worst]}"
-        )
-    return lengths
 
 
 # ---------------------------------------------------------------- reading an answer
@@ -266,6 +246,16 @@ def score(parse: str, outputs: Sequence[str], items: Sequence[Item]) -> Score:
         else:
             each[n] = 100.0 * (got == item.answer)
     return Score(float(each.mean()), each, unparsed)
+
+
+def disagrees(item: Item) -> bool:
+    """Whether a training response ends in another number than the answer that its file gives."""
+    try:
+        gold = float((item.answer or "").replace(",", ""))
+    except ValueError:
+        return False  # no answer, or one in words
+    said = number(item.response)
+    return said is None or abs(said - gold) > TOLERANCE
 
 
 def candidates(item: Item) -> list[str]:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -64,16 +65,40 @@ class Decoder(Student):
             p = self.branch["projection"](h)
             return StudentOutput(logits.float(), h, p, self.branch["aux_head"](p))
 
+    def prompt_ids(self, text: str) -> np.ndarray:
+        """Tokens of a prompt, int64, with the start token once: a chat template writes its own."""
+        start = self.tokenizer.bos_token
+        special = not (start and text.startswith(start))
+        ids = self.tokenizer(text, add_special_tokens=special).input_ids
+        return np.asarray(ids, dtype=np.int64)
+
+    def answer_ids(self, text: str) -> np.ndarray:
+        """Tokens of what follows a prompt, int64, without special tokens."""
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return np.asarray(ids, dtype=np.int64)
+
+    @property
+    def context(self) -> int:
+        """How many tokens the model reads at most."""
+        return self.model.get_base_model().config.max_position_embeddings
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a plain peft adapter and the tokenizer; `PeftModel.from_pretrained` reads it."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
-def load(spec: StudentSpec, reconstructs: int, seed: int, dropout: float | None = None) -> Decoder:
+def load(
+    spec: StudentSpec,
+    reconstructs: int,
+    seed: int,
+    dropout: float | None = None,
+    precision: str = "fp32",
+) -> Decoder:
     """The causal model behind a student's name with a fresh LoRA adapter drawn from `seed`.
 
-    `dropout` replaces the adapter's own. Raises ValueError for an architecture that cannot be
+    `dropout` replaces the adapter's own. With precision "bf16" the frozen weights are held in bf16:
+    half the memory, and autocast need not cast them anew at every step. The adapter is fp32. Raises ValueError for an architecture that cannot be
     packed or a spec without `lora`, before weights are read.
     """
     from peft import LoraConfig, get_peft_model
@@ -96,7 +121,7 @@ def load(spec: StudentSpec, reconstructs: int, seed: int, dropout: float | None 
         base = AutoModelForCausalLM.from_pretrained(
             where,
             revision=spec.revision,
-            dtype=torch.float32,
+            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             attn_implementation=PACKED,
             **options,
         )

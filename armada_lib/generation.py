@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from armada_lib import answers
 from armada_lib.batching import PACKED
 from armada_lib.decoders import Decoder
 from armada_lib.sequences import sequences
@@ -39,20 +40,19 @@ class Gumbel(LogitsProcessor):
 
 
 def tokens(student: Decoder, prompts: Sequence[str], room: int) -> list[np.ndarray]:
-    """Token ids of every prompt, with the tokenizer's own special tokens at the front.
+    """Token ids of every prompt, as `Decoder.prompt_ids` writes them.
 
     Raises ValueError for an empty prompt and for one that leaves no `room` in the context.
     """
-    context = student.model.get_base_model().config.max_position_embeddings
     out = []
     for i, text in enumerate(prompts):
         if not text.strip():
             raise ValueError(f"prompt {i} of {len(prompts)} is empty")
-        ids = np.asarray(student.tokenizer(text).input_ids, dtype=np.int64)
-        if len(ids) + room > context:
+        ids = student.prompt_ids(text)
+        if len(ids) + room > student.context:
             raise ValueError(
                 f"prompt {i} has {len(ids)} tokens; with {room} for the answer it is beyond the "
-                f"model's context of {context}: {text[:60]!r}"
+                f"model's context of {student.context}: {text[:60]!r}"
             )
         out.append(ids)
     return out
@@ -77,13 +77,10 @@ def generate(
     """
     ids, student = tokens(student, prompts, new_tokens), student.eval()
     names = [name(i, p, seed) for i, p in enumerate(prompts)]
-    done = kept_answers(kept) if kept else {}
-    todo = sorted((i for i in range(len(ids)) if names[i] not in done), key=lambda i: -len(ids[i]))
     device, pad = next(student.parameters()).device, student.tokenizer.pad_token_id
-    bar = tqdm(total=len(ids), initial=len(ids) - len(todo), desc="answers", disable=not progress)
-    with bar, _plain(student) as model:
-        for at in range(0, len(todo), batch_size):
-            part = todo[at : at + batch_size]
+    with _plain(student) as model:
+
+        def answer(part: list[int]) -> list[str]:
             longest = len(ids[part[0]])
             batch = torch.full((len(part), longest), pad)
             mask = torch.zeros_like(batch)
@@ -97,8 +94,50 @@ def generate(
                     max_new_tokens=new_tokens, pad_token_id=pad, use_cache=True,
                     logits_processor=LogitsProcessorList(noise),
                 )  # fmt: skip
-            texts = student.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-            new = {names[i]: text for i, text in zip(part, texts, strict=True)}
+            return student.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+
+        return _resumed(names, [len(x) for x in ids], answer, kept, batch_size, progress)
+
+
+def choose(
+    student: Decoder,
+    prompts: Sequence[str],
+    choices: Sequence[Sequence[str]],
+    kept: Path | None = None,
+    batch_size: int = 16,
+    bf16: bool = False,
+    progress: bool = False,
+) -> list[str]:
+    """For every prompt the choice of highest mean log-probability a token; resumed from `kept`."""
+
+    def answer(part: list[int]) -> list[str]:
+        found = likelihoods(
+            student, [prompts[i] for i in part], [choices[i] for i in part], bf16=bf16
+        )
+        best = [answers.pick(list(total), list(n), normalise=True) for total, n in found]
+        return [choices[i][k] for i, k in zip(part, best, strict=True)]
+
+    names = [name(i, p, None) for i, p in enumerate(prompts)]
+    return _resumed(names, [len(p) for p in prompts], answer, kept, batch_size, progress)
+
+
+def _resumed(
+    names: list[str],
+    lengths: list[int],
+    answer: Callable[[list[int]], list[str]],
+    kept: Path | None,
+    batch_size: int,
+    progress: bool,
+) -> list[str]:
+    """`answer` for batches of like length, longest first, of what `kept` lacks; in `names`' order."""
+    done = kept_answers(kept) if kept else {}
+    todo = sorted((i for i in range(len(names)) if names[i] not in done), key=lambda i: -lengths[i])
+    with tqdm(
+        total=len(names), initial=len(names) - len(todo), desc="answers", disable=not progress
+    ) as bar:
+        for at in range(0, len(todo), batch_size):
+            part = todo[at : at + batch_size]
+            new = {names[i]: text for i, text in zip(part, answer(part), strict=True)}
             done |= new
             if kept:
                 _append(kept, new)
@@ -115,14 +154,9 @@ def likelihoods(
     bf16: bool = False,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For every prompt (sum of log p(token), number of tokens) of each of its choices, (k,) each."""
-    room = max(
-        len(student.tokenizer(c, add_special_tokens=False).input_ids) for cs in choices for c in cs
-    )
-    ids = tokens(student.eval(), prompts, room)
-    encode = lambda c: np.asarray(student.tokenizer(c, add_special_tokens=False).input_ids)
-    flat = [(i, encode(c)) for i, cs in enumerate(choices) for c in cs]
-    limit = student.model.get_base_model().config.max_position_embeddings
-    data, _ = sequences([ids[i] for i, _ in flat], [c for _, c in flat], 0, limit)
+    flat = [(i, student.answer_ids(c)) for i, cs in enumerate(choices) for c in cs]
+    ids = tokens(student.eval(), prompts, max(len(c) for _, c in flat))
+    data, _ = sequences([ids[i] for i, _ in flat], [c for _, c in flat], 0, student.context)
     device, total = next(student.parameters()).device, np.zeros(len(flat))
     order = np.argsort(-data.lengths, kind="stable")
     for at in range(0, len(order), batch_size):
@@ -139,15 +173,26 @@ def likelihoods(
 
 @contextlib.contextmanager
 def _plain(student: Decoder) -> Iterator[Any]:
-    """The model as `generate` wants it: the library's own attention, the adapter folded in."""
+    """The model as `generate` wants it: the library's own attention, the adapter folded in.
+
+    Into bf16 or 4-bit weights it is not folded: rounding would lose a part of it.
+    """
     base = student.model.get_base_model()
-    student.model.merge_adapter()
+    head = base.get_output_embeddings()
+    fold = head.weight.dtype == torch.float32
+    if fold:
+        student.model.merge_adapter()
     base.set_attn_implementation("sdpa")
+    # The last position of a prompt is a strided view, for which torch's CPU product would repeat
+    # the output matrix for every row of the batch.
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     try:
         yield student.model
     finally:
+        hook.remove()
         base.set_attn_implementation(PACKED)
-        student.model.unmerge_adapter()
+        if fold:
+            student.model.unmerge_adapter()
 
 
 def name(number: int, prompt: str, seed: int | None) -> str:

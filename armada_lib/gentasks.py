@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -179,7 +180,9 @@ def _item(task: GenTask, split: str, n: int, row: Row, source: str) -> Item:
     item = partial(Item, f"{task.name}/{split}/{n}", asked, given if given.strip() else "")
     plain = tuple(" ".join(t.split()) for t in (f"{question} {given}", *options))
     if not scored:
-        return item(texts[0], plain[0], plain[1:], references=texts if task.parse == "text" else ())
+        known = str(row["answer"]) if task.parse == "number" and row.get("answer") else None
+        said = texts if task.parse == "text" else ()
+        return item(texts[0], plain[0], plain[1:], answer=known, references=said)
     gold, said = texts[0], texts[0]
     if task.parse == "number":
         try:
@@ -253,9 +256,18 @@ def digest(items: Sequence[Item]) -> str:
 
 
 def _sample(items: list[Item], size: int | None, seed: int) -> list[Item]:
-    """A fixed random subset in file order; a smaller one is part of a larger one."""
-    order = np.random.default_rng(seed).permutation(len(items))[:size]
-    return [items[i] for i in np.sort(order)]
+    """A fixed random subset in file order; a smaller one is part of a larger one.
+
+    Files in equal shares: a mixture of local parts would else be nearly all WinoGrande.
+    """
+    order, taken = np.random.default_rng(seed).permutation(len(items)), Counter[str]()
+    rank = []
+    for i in order:
+        part = items[i].id.split("/")[0]
+        rank.append(taken[part])
+        taken[part] += 1
+    chosen = order[np.argsort(rank, kind="stable")][:size]
+    return [items[i] for i in np.sort(chosen)]
 
 
 def suite(

@@ -233,7 +233,7 @@ class Training(Strict):
     compile: bool = False
     # of students that generate:
     template: Literal["alpaca", "plain", "chat"] | None = None
-    protocol: Literal["generate", "likelihood"] | None = None
+    protocol: Literal["generate", "likelihood", "sample"] | None = None
     new_tokens: int | None = Field(None, gt=0)
     test_size: int | None = Field(None, gt=0)
 

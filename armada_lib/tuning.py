@@ -29,6 +29,7 @@ from armada_lib.methods import METHODS, Method, Setting
 from armada_lib.results import Result, RunSpec, RunStore, environment
 from armada_lib.sequences import Sequences, sequences
 
+SAMPLES = 5  # as Gu et al. (MiniLLM) sample
 NEW_TOKENS = {"reasoning": 32, "instruct": 128}  # of an answer, unless the settings say otherwise
 
 
@@ -36,17 +37,23 @@ def build(s: RunSpec, store: RunStore) -> tuple[Decoder, Method, Sequences, dict
     """(student, method, training data, facts) of a run, untrained."""
     p, t, entry, suite = profiles.load(s.profile), s.training, METHODS[s.method], specs.suite(s)
     width = p.teacher(s.teacher).width if s.teacher and entry.vectors else None
-    student = decoders.load(p.student(s.student), width or 1, s.seed, t.dropout)
-    end = student.tokenizer.eos_token or ""
-    encode = lambda text: np.asarray(
-        student.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32
-    )
-    prompts = [np.asarray(ids, dtype=np.int32) for ids in _ids(s, student, suite.train)]
-    responses = [encode(i.response + end) for i in suite.train]
-    data, cut = sequences(prompts, responses, student.tokenizer.pad_token_id, t.max_length)
+    student = decoders.load(p.student(s.student), width or 1, s.seed, t.dropout, t.precision)
+    for items in suite.tests.values():  # a question too long is named before anything is trained
+        generation.tokens(student, _prompts(s, student, items), _room(s))
+    prompts = [student.prompt_ids(p) for p in _prompts(s, student, suite.train)]
+    fits = [n for n, ids in enumerate(prompts) if len(ids) < t.max_length]
+    if not fits:
+        raise ValueError(
+            f"{s.task}: every training prompt has {t.max_length} tokens or more, so none leaves room "
+            "for a response; raise max_length"
+        )
+    train, end = [suite.train[n] for n in fits], student.tokenizer.eos_token or ""
+    responses = [student.answer_ids(i.response + end) for i in train]
+    pad = student.tokenizer.pad_token_id
+    data, cut = sequences([prompts[n] for n in fits], responses, pad, t.max_length)
     absent = 0
     if width is not None:
-        absent = attach(s, store, [(data, [i.teacher_text for i in suite.train])], width)
+        absent = attach(s, store, [(data, [i.teacher_text for i in train])], width)
     setting = Setting(
         kind="generation", outputs=width or 1, training=t, seed=s.seed, beta=s.beta, gamma=s.gamma,
         tau=s.tau, manifold=s.manifold or "euclid", reading=s.reading or "paper", width=width,
@@ -54,7 +61,8 @@ def build(s: RunSpec, store: RunStore) -> tuple[Decoder, Method, Sequences, dict
     method = entry.build(setting, student)
     count = lambda module: sum(x.numel() for x in module.parameters() if x.requires_grad)
     facts = {
-        "train": len(suite.train), "cut": cut, "texts_without_vector": absent,
+        "train": len(train), "too_long": len(suite.train) - len(train), "cut": cut,
+        "wrong_rationales": sum(answers.disagrees(i) for i in train), "texts_without_vector": absent,
         "tests": {name: len(items) for name, items in suite.tests.items()},
         "removed_from_training": len(suite.removed), "sources": suite.sources,
         "student_parameters": sum(x.numel() for x in student.model.parameters()),
@@ -68,10 +76,8 @@ def _prompts(s: RunSpec, student: Decoder, items: list[Item]) -> list[str]:
     return [answers.prompt(i, s.training.template or "alpaca", student.tokenizer) for i in items]
 
 
-def _ids(s: RunSpec, student: Decoder, items: list[Item]) -> list[list[int]]:
-    special = s.training.template != "chat"  # the chat template writes its own
-    texts = _prompts(s, student, items)
-    return student.tokenizer(texts, add_special_tokens=special).input_ids
+def _room(s: RunSpec) -> int:
+    return s.training.new_tokens or NEW_TOKENS[gentasks.TASKS[s.task].group]
 
 
 def compute(
@@ -90,13 +96,14 @@ def compute(
     )  # fmt: skip
     scores, outputs, unparsed = {}, {}, {}
     for name, items in specs.suite(s).tests.items():
-        said = answer(s, student, items, kept / f"{name}.jsonl", progress)
-        found = gentasks.score(name, said, items)
-        scores[name], outputs[name], unparsed[name] = found.percent, found.each, found.unparsed
+        every = answer(s, student, items, kept / f"{name}.jsonl", progress)
+        found = [gentasks.score(name, one, items) for one in every]
+        outputs[name] = np.mean([f.each for f in found], axis=0)
+        scores[name], unparsed[name] = float(outputs[name].mean()), [f.unparsed for f in found]
     mean = float(np.mean(list(scores.values())))
     each = np.concatenate(list(outputs.values()))
     facts |= {
-        "behaviour": {"unparsed": unparsed, "collapsed": sum(unparsed.values()) > len(each) / 2},
+        "behaviour": _behaviour(unparsed, len(each)),
         "diagnostics": trained.diagnostics, "epochs": trained.epochs, "steps": trained.steps,
         "train_seconds": round(trained.seconds, 2),
         "evaluation": len(each), "seconds": round(time.perf_counter() - began, 2),
@@ -109,27 +116,40 @@ def compute(
     )  # fmt: skip
 
 
+def _behaviour(unparsed: dict[str, list[int]], items: int) -> dict[str, Any]:
+    """Answers that could not be read, a mean over the samples; most of them: the run collapsed."""
+    mean = {name: float(np.mean(counts)) for name, counts in unparsed.items()}
+    return {"unparsed": mean, "collapsed": sum(mean.values()) > items / 2}
+
+
 def answer(
     s: RunSpec,
     student: Decoder,
     items: list[Item],
     kept: Path | None = None,
     progress: bool = False,
-) -> list[str]:
-    """The student's answers to test items, by the protocol of the run."""
-    t, bf16 = s.training, s.training.precision == "bf16"
-    prompts = _prompts(s, student, items)
-    if t.protocol == "likelihood":
+) -> list[list[str]]:
+    """The student's answers to test items by the protocol of the run: one list, or one a sample."""
+    bf16, prompts = s.training.precision == "bf16", _prompts(s, student, items)
+    if s.training.protocol == "likelihood":
         options = [answers.candidates(i) for i in items]
-        found = generation.likelihoods(student, prompts, options, bf16=bf16)
-        best = [answers.pick(list(total), list(n), normalise=True) for total, n in found]
-        return [cs[k] for cs, k in zip(options, best, strict=True)]
-    room = t.new_tokens or NEW_TOKENS[gentasks.TASKS[s.task].group]
-    return generation.generate(student, prompts, room, kept, bf16=bf16, progress=progress)
+        return [generation.choose(student, prompts, options, kept, bf16=bf16, progress=progress)]
+    return [
+        generation.generate(student, prompts, _room(s), kept, seed=n, bf16=bf16, progress=progress)
+        for n in _samples(s)
+    ]
+
+
+def _samples(s: RunSpec) -> list[int | None]:
+    """Seeds of the answers: five at temperature 1 in protocol "sample", else greedy alone."""
+    return list(range(SAMPLES)) if s.training.protocol == "sample" else [None]
 
 
 def said(s: RunSpec, store: RunStore) -> dict[str, list[str]]:
-    """The answers that a stored run gave, by test set. Raises FileNotFoundError if they are gone."""
+    """A stored run's answers by test set, the first sample where it took several.
+
+    Raises FileNotFoundError if they are gone.
+    """
     found, tokenizer = {}, decoders.load_tokenizer(profiles.load(s.profile).student(s.student))
     for name, items in specs.suite(s).tests.items():
         path = store.root / "answers" / s.key / f"{name}.jsonl"
@@ -137,7 +157,7 @@ def said(s: RunSpec, store: RunStore) -> dict[str, list[str]]:
             raise FileNotFoundError(f"{path}: the answers of this run are not in the store")
         known = generation.kept_answers(path)
         prompts = [answers.prompt(i, s.training.template or "alpaca", tokenizer) for i in items]
-        found[name] = [known[generation.name(n, p, None)] for n, p in enumerate(prompts)]
+        found[name] = [known[generation.name(n, p, _samples(s)[0])] for n, p in enumerate(prompts)]
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,55 @@ def test_likelihoods_are_sums_over_the_choices_own_tokens(student):
             expected = sum(logp[len(a) - 1 + k, t].item() for k, t in enumerate(b))
             assert value == pytest.approx(expected, abs=1e-3) and n == len(b)
     assert [len(t) for t, _ in found] == [2, 3] and isinstance(found[0][0], np.ndarray)
+
+
+def test_the_choice_of_highest_mean_likelihood_is_picked_and_kept(student, tmp_path, monkeypatch):
+    choices = [["the house", "a tree"], ["ran", "sat quickly", "flew"], ["blue", "red"]]
+    picked = generation.choose(student, PROMPTS[:3], choices)
+    for options, (total, n), choice in zip(
+        choices, generation.likelihoods(student, PROMPTS[:3], choices), picked, strict=True
+    ):
+        assert choice == options[int(np.argmax(total / n))]
+    kept, real, calls = tmp_path / "c.jsonl", generation.likelihoods, []
+
+    def dies(student, prompts, *a, **k):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(student, prompts, *a, **k)
+
+    monkeypatch.setattr(generation, "likelihoods", dies)
+    with pytest.raises(KeyboardInterrupt):
+        generation.choose(student, PROMPTS[:3], choices, kept, batch_size=1)
+    assert generation.choose(student, PROMPTS[:3], choices, kept, batch_size=1) == picked
+    assert calls == [1, 1, 1, 1]  # the first choice is not made again
+
+
+def test_a_prompt_that_begins_with_the_start_token_gets_no_second():
+    class Starts:  # begins with a start token of its own, as LLaMA's tokenizer does
+        bos_token = "<s>"
+
+        def __call__(self, text, add_special_tokens):
+            words = ["<s>"] * add_special_tokens + text.split()
+            return SimpleNamespace(input_ids=[0 if w == "<s>" else len(w) for w in words])
+
+    reader = SimpleNamespace(tokenizer=Starts())
+    read = lambda text: decoders.Decoder.prompt_ids(reader, text).tolist()
+    assert read("the cat sat") == [0, 3, 3, 3] and read("<s> the cat") == [0, 3, 3]
+
+
+def test_bf16_weights_are_left_as_they_are(llama):  # noqa: F811
+    student = decoders.load(spec(llama), 6, 1, precision="bf16").eval()
+    base = {n: p for n, p in student.named_parameters() if not p.requires_grad}
+    assert {p.dtype for p in base.values()} == {torch.bfloat16}
+    assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+    before = {n: p.clone() for n, p in base.items()}
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if "lora_B" in name:
+                p.fill_(1e-3)
+    generation.generate(student, PROMPTS[:2], 4, bf16=True)
+    assert all(torch.equal(before[n], p) for n, p in base.items())
 
 
 @pytest.mark.parametrize(

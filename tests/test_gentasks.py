@@ -180,16 +180,6 @@ def test_the_chat_template_is_the_tokenizers():
         answers.prompt(two, "alpacka")
 
 
-def test_a_prompt_longer_than_the_context_is_named():
-    items = [item(0, instruction="ab"), item(1, instruction="abcdefgh")]
-    plain = len("\n\nAnswer:\n") + 1  # the start token
-    assert answers.check_context(items, "plain", Chat(), 100).tolist() == [plain + 2, plain + 8]
-    assert answers.check_context(items[:1], "chat", Chat(), 100).tolist() == [2 + 6 + 11]
-    answers.check_context(items, "plain", Chat(), plain + 9)
-    with pytest.raises(ValueError, match=rf"1 of 2 prompts.*{plain + 8} tokens.*x/test/1, has"):
-        answers.check_context(items, "plain", Chat(), plain + 8)
-
-
 # ---------------------------------------------------------------- contamination
 def ask(n, text, options=()):
     return Item(f"train/{n}", text, "", "r", text, tuple(options))
@@ -324,7 +314,7 @@ def test_math_is_scored_against_answer_and_never_output(put):
     # in training it is the rationale that is learned
     put("reasoning/math_data/train", [{"instruction": "1?", "answer": "1.0"} | wrong])
     (got,), _ = gentasks.load("math", "train", "real")
-    assert (got.response, got.answer) == ("So it is 4. The answer is 4.", None)
+    assert (got.response, got.answer) == ("So it is 4. The answer is 4.", "1.0")
 
 
 def test_an_item_of_an_instruction_task(put):
