@@ -98,8 +98,9 @@ def load(
     """The causal model behind a student's name with a fresh LoRA adapter drawn from `seed`.
 
     `dropout` replaces the adapter's own. With precision "bf16" the frozen weights are held in bf16:
-    half the memory, and autocast need not cast them anew at every step. The adapter is fp32. Raises ValueError for an architecture that cannot be
-    packed or a spec without `lora`, before weights are read.
+    half the memory, and autocast need not cast them anew at every step. The adapter stays in fp32.
+    Raises ValueError for an architecture that cannot be packed or a spec without `lora`, before
+    weights are read.
     """
     from peft import LoraConfig, get_peft_model
 

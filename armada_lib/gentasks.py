@@ -181,8 +181,8 @@ def _item(task: GenTask, split: str, n: int, row: Row, source: str) -> Item:
     plain = tuple(" ".join(t.split()) for t in (f"{question} {given}", *options))
     if not scored:
         known = str(row["answer"]) if task.parse == "number" and row.get("answer") else None
-        said = texts if task.parse == "text" else ()
-        return item(texts[0], plain[0], plain[1:], answer=known, references=said)
+        several = texts if task.parse == "text" else ()
+        return item(texts[0], plain[0], plain[1:], answer=known, references=several)
     gold, said = texts[0], texts[0]
     if task.parse == "number":
         try:
