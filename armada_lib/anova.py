@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import pandas as pd
 
 
-def anova(df: pd.DataFrame, outcome: str, factors: Sequence[str]) -> pd.DataFrame:
-    """One-way, or two-way with interaction, of `outcome` by the columns `factors` (type II).
+def anova(
+    df: pd.DataFrame, outcome: str, factors: Sequence[str], interaction: bool = True
+) -> pd.DataFrame:
+    """One-way, or two-way (by default with interaction), of `outcome` by the columns `factors` (type II).
 
     Columns: source, df, F, p. The interaction is left out where no cell holds two rows. F and p are
     nan where nothing is left to compare with. ValueError for missing columns, no row, or a factor
@@ -30,10 +32,41 @@ def anova(df: pd.DataFrame, outcome: str, factors: Sequence[str]) -> pd.DataFram
         "C(a):C(b)": " x ".join(factors),
         "Residual": "residual",
     }
-    repeated = len(factors) == 2 and table.groupby(["a", "b"]).size().min() > 1
+    crossed = interaction and len(factors) == 2
+    repeated = crossed and table.groupby(["a", "b"]).size().min() > 1
     formula = "y ~ C(a)" if len(factors) == 1 else f"y ~ C(a) {'*' if repeated else '+'} C(b)"
     model = ols(formula, table).fit()
     if model.df_resid < 1:
         return pd.DataFrame({"source": list(factors), "df": math.nan, "F": math.nan, "p": math.nan})
     found = anova_lm(model, typ=2).rename(index=names).reset_index(names="source")
     return found.rename(columns={"PR(>F)": "p"})[["source", "df", "F", "p"]]
+
+
+def readings(cells: pd.DataFrame) -> pd.DataFrame:
+    """Every way in which the paper's "ANOVA between losses" or "modalities" can be meant.
+
+    `cells`: rows of task, loss, teacher, gain (several a cell: seeds). For each factor with two
+    levels or more: one-way over all cells; one-way over the best of the other factor for each task;
+    with tasks as a second factor (blocks); and both factors with their interaction.
+    Columns: factor, reading, rows, F, p. The best of several is no independent sample: printed
+    because the paper's own number is reproduced by it.
+    """
+    rows, mean = [], cells.groupby(["task", "loss", "teacher"], as_index=False)["gain"].mean()
+    factors = [f for f in ("loss", "teacher") if cells[f].nunique() > 1]
+    for factor in factors:
+        other = "teacher" if factor == "loss" else "loss"
+        found = {"all cells": (cells, [factor])}
+        if other in factors:
+            best = mean.groupby(["task", factor], as_index=False)["gain"].max()
+            found[f"best {other} for each task"] = (best, [factor])
+        if cells["task"].nunique() > 1:
+            found["all cells, tasks as blocks"] = (cells, [factor, "task"])
+        if other in factors:
+            found[f"all cells, with {other} and interaction"] = (cells, [factor, other])
+        for reading, (table, by) in found.items():
+            line = anova(table, "gain", by, interaction="task" not in by).set_index("source").loc[factor]
+            rows.append({
+                "factor": factor, "reading": reading, "rows": len(table),
+                "F": line["F"], "p": line["p"],
+            })  # fmt: skip
+    return pd.DataFrame(rows, columns=["factor", "reading", "rows", "F", "p"])

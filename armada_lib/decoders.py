@@ -6,12 +6,17 @@ checkpoint, which loads without this library.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -137,10 +142,13 @@ def load(
         base.gradient_checkpointing_enable()
     lora = spec.lora
     torch.manual_seed(seed)
-    model = get_peft_model(base, LoraConfig(
+    settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout if dropout is None else dropout,
         target_modules=list(lora.targets), task_type="CAUSAL_LM",
-    ))  # fmt: skip
+    )  # fmt: skip
+    with warnings.catch_warnings():  # peft asks transformers for a name that it is about to drop
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(base, settings)
     return Decoder(model, tokenizer, reconstructs)
 
 
@@ -161,16 +169,17 @@ def checkpoint(spec: StudentSpec) -> str:
     digest = profiles.file_digest(str(Path(where) / spec.gguf))[:16]
     home = root / "models" / f"{Path(spec.gguf).stem}-{digest}"
     if not (home / "config.json").exists():
-        _unpack(Path(where), spec.gguf, home)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{home}.lock"):  # two workers would hold the model in memory four times
+            if not (home / "config.json").exists():
+                _unpack(Path(where), spec.gguf, home)
     return str(home)
 
 
 def _unpack(folder: Path, file: str, home: Path) -> None:
     """A model read from GGUF refuses to be saved: it is built again from its configuration."""
-    import shutil
-    import uuid
-
-    with quiet():
+    # transformers' bar for GGUF heeds no setting: it would stand in the middle of a page
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
         read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         settings = read.config.to_dict()
@@ -180,9 +189,4 @@ def _unpack(folder: Path, file: str, home: Path) -> None:
         temporary = home.with_name(f"{home.name}.{uuid.uuid4().hex}.tmp")
         plain.to(torch.bfloat16).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    try:
-        temporary.rename(home)
-    except OSError:
-        if not home.is_dir():
-            raise
-        shutil.rmtree(temporary)  # another process was first; both are the same model
+    temporary.rename(home)

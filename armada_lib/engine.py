@@ -108,6 +108,7 @@ def train(
     save_every: float = SAVE_EVERY,
     progress: bool = False,
     probes: int = 1,
+    after_epoch: Callable[[int], None] | None = None,
 ) -> Trained:
     """Train `student` by `method` on `data`; both end in their final state, ready to evaluate.
 
@@ -115,15 +116,17 @@ def train(
     student epoch when `t.select` is "best". `state` is a file from which a killed run goes on, to
     the same end bit for bit; it is written every `save_every` seconds and removed at the end.
     `probes`: batches in the first and in the last epoch on which each term's gradient is measured.
+    `after_epoch` gets the number of each epoch that ends, at least once, before a state says so.
     Raises `Diverged` when a loss is not finite.
     """
     acc = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     world, device = acc.num_processes, acc.device
     student.to(device)
-    for part in method.parts.values():
+    for part in (*method.parts.values(), *method.partners.values()):
         part.to(device)
     if t.compile:
         student.family.encoder(student.model).compile(dynamic=True)
+    method.attach(data)
     bf16 = precision(t.precision, device) == "bf16"
     centroid = losses.mean_row if world == 1 else _shared_centroid(acc)
 
@@ -133,8 +136,14 @@ def train(
     names = {"student": student, **method.parts}
     optimisers = {
         n: Optimiser(m, method.learning_rate(n), t, max(1, count(_phase(n))))
-        for n, m in names.items()
+        for n, m in {**names, **method.partners}.items()
     }
+
+    def step(name: str) -> Tensor:
+        if world > 1:
+            _average_gradients(acc, optimisers[name].params)
+        return optimisers[name].step()
+
     probed = _probe_steps(phases, size, probes)
     run = Progress(steps=size * len(phases))
     if state is not None and state.exists():
@@ -151,6 +160,7 @@ def train(
         phase = phases[number]
         moving = [n for n in names if phase == "joint" or _phase(n) == phase]
         student.train(phase != "aligner")
+        method.before_epoch(number, len(phases))
         for k, rows in enumerate(
             epoch(data, t.batch_size, seed, number, student.packs, acc.process_index, world)
         ):
@@ -164,6 +174,8 @@ def train(
             if phase != "aligner":
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     out = student(batch.inputs)
+            if method.partners:
+                method.turn(batch, out, step)
             terms = method.losses(batch, out, phase, centroid)
             if run.step in probed and out is not None:
                 run.probes.append({"step": run.step, **_gradients(student, terms, out)})
@@ -182,6 +194,8 @@ def train(
         run.flush(number, phase, size)
         if phase != "aligner" and t.select == "best" and evaluate is not None:
             run.keep_best(evaluate(), student, method)
+        if after_epoch is not None:
+            after_epoch(number)
         if state is not None and time.monotonic() - run.saved > save_every and run.step < run.steps:
             save(acc, state, student, method, optimisers, run)
     bar.close()

@@ -243,16 +243,21 @@ class Evidence:
         return report.table(self.records)
 
     @property
+    def teachers(self) -> list[str]:
+        """Whose vectors were used, in the profile's order."""
+        used = {r["spec"].teacher for r in self.records}
+        return [t for t in profiles.load(self.records[0]["spec"].profile).teachers if t in used]
+
+    @property
     def said(self) -> str:
         one: RunSpec = self.records[0]["spec"]
-        teachers = list(dict.fromkeys(r["spec"].teacher for r in self.records if r["spec"].teacher))
         counts = self.frame.groupby("task")["seed"].nunique()
         seeds = (
             _seeds(counts.max())
             if counts.min() == counts.max()
             else f"{counts.min()} to {_seeds(counts.max())}"
         )
-        return f"profile {one.profile}; {cast(profiles.load(one.profile), one.student, teachers)}; {seeds}"
+        return f"profile {one.profile}; {cast(profiles.load(one.profile), one.student, self.teachers)}; {seeds}"
 
     @property
     def facts(self) -> dict[str, Any]:

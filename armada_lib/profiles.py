@@ -20,6 +20,7 @@ from pydantic import ValidationError, model_validator
 from armada_lib.settings import (
     MANIFOLDS,
     READINGS,
+    Baselines,
     Nlu,
     Strict,
     StudentSpec,
@@ -49,6 +50,7 @@ class Profile(Strict):
     nlu: Nlu
     reasoning: Tuning | None = None
     instruction: Tuning | None = None
+    baselines: Baselines | None = None
     training: dict[str, Any]
     armada: dict[Literal["paper", "released"], Weights]
 

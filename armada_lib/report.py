@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from armada_lib import gentasks, profiles, stats, tasks
+from armada_lib.methods import TABLE_7
 from armada_lib.results import Result
 
 LOSS = {"cosine": "cosine", "euclid": "Euclid", "elementwise": "element-wise"}
@@ -22,8 +23,14 @@ CONTROLS = {
     "layers_only": "added layers only",
     "frozen_aligner": "frozen aligner",
 }
+BASELINES = {method: name for name, method in TABLE_7.items() if method != "armada"} | {
+    "pkd_last": "PKD, last layers", "sftn_mentor": "mentor of SFTN", "seqkd": "SeqKD",
+}  # fmt: skip
 STUDENT = {"bert-6l": "BERT-6L", "bert-base": "BERT-base", "deberta-v2-xxlarge": "DeBERTa-v2-xxlarge",
-           "opt-1.3b": "OPT-1.3B", "llama-7b": "LLaMA-7B"}  # fmt: skip
+           "opt-1.3b": "OPT-1.3B", "llama-7b": "LLaMA-7B", "llama-3.2-3b": "LLaMA-3.2-3B",
+           "llama-3.1-8b": "LLaMA-3.1-8B"}  # fmt: skip
+# as the tables of one teacher write it; those of several say text-to-image, -video, -audio
+TEACHER = {"sd14": "stable-diffusion-v1-4", "midjourney": "midjourney"}
 
 
 def title(task: str) -> str:
@@ -62,8 +69,8 @@ def table(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
 
 def arm(row: Any) -> str:
     """The name of a run's arm: method, loss, reading if not the paper's, beta if not the usual."""
-    if row.method == "undistilled":
-        return "undistilled"
+    if row.method == "undistilled" or row.method in BASELINES:
+        return BASELINES.get(row.method, row.method)
     name = (
         CONTROLS.get(row.method)
         or f"ARMADA {LOSS[row.manifold] if row.manifold else 'no manifold loss'}"
@@ -77,7 +84,7 @@ def arms(df: pd.DataFrame, head: str = "student") -> pd.DataFrame:
     """One row a run of that head, with its `arm`, in the order: undistilled, ARMADA, controls."""
     df = df[df["head"] == head].copy()
     several = df["teacher"].dropna().nunique() > 1
-    whose = lambda r: f", {r.teacher}" if several and r.teacher else ""
+    whose = lambda r: f", {r.teacher}" if several and pd.notna(r.teacher) else ""
     df["arm"] = [arm(r) + whose(r) for r in df.itertuples()]
     rank = {"undistilled": 0, "armada": 1}
     df["control"] = [m in CONTROLS for m in df["method"]]
@@ -148,7 +155,7 @@ def scores(df: pd.DataFrame, published: pd.DataFrame | None = None) -> pd.DataFr
 
 def _printed(published: pd.DataFrame | None, r: pd.Series) -> tuple[str, str]:
     """(score, gain) the paper prints for this student, task and loss with this teacher, or dashes."""
-    if published is None or r["method"] not in ("undistilled", "armada"):
+    if published is None or r["method"] not in ("undistilled", "armada", *BASELINES):
         return "–", "–"
     rows = published[
         (published["student"] == STUDENT.get(r["student"])) & (published["task"] == r["title"])
@@ -156,10 +163,42 @@ def _printed(published: pd.DataFrame | None, r: pd.Series) -> tuple[str, str]:
     base = rows[rows["method"] == "undistilled"]
     if r["method"] == "undistilled":
         return (base["printed"].iloc[0], "") if len(base) else ("–", "")
-    hit = rows[rows["manifold_loss"] == r["manifold"]]
+    if r["method"] in BASELINES:
+        own = rows[rows["method"] == BASELINES[r["method"]]]
+        gain = (
+            _signed(own["value"].iloc[0] - base["value"].iloc[0]) if len(own) and len(base) else "–"
+        )
+        return (own["printed"].iloc[0] if len(own) else "–"), gain
+    kind = profiles.load(r["profile"]).teacher(r["teacher"]).kind
+    named = rows["teacher"].isin([TEACHER.get(r["teacher"]), f"text-to-{kind}"])
+    hit = rows[named & (rows["manifold_loss"] == r["manifold"])]
     if not len(hit) or not len(base):
         return "–", "–"
     return hit["printed"].iloc[0], _signed(hit["value"].iloc[0] - base["value"].iloc[0])
+
+
+def gain_cells(df: pd.DataFrame) -> pd.DataFrame:
+    """Gains of the ARMADA runs over undistilled with the same seed: task, loss, teacher, gain."""
+    found = arms(df)
+    base = found[found["method"] == "undistilled"].set_index(["title", "seed"])["score"]
+    own = found[found["method"] == "armada"]
+    own = own[[k in base.index for k in zip(own["title"], own["seed"], strict=True)]]
+    gain = own["score"].to_numpy() - base.loc[list(zip(own["title"], own["seed"], strict=True))]
+    return pd.DataFrame({
+        "task": own["title"], "loss": own["manifold"], "teacher": own["teacher"],
+        "gain": gain.to_numpy(),
+    }).reset_index(drop=True)  # fmt: skip
+
+
+def printed_cells(published: pd.DataFrame) -> pd.DataFrame:
+    """The same from a table of the paper: task, loss, teacher, gain."""
+    published = published[published["task"] != "average"]
+    base = published[published["method"] == "undistilled"].set_index("task")["value"]
+    own = published[published["method"] == "ARMADA"]
+    return pd.DataFrame({
+        "task": own["task"], "loss": own["manifold_loss"], "teacher": own["teacher"],
+        "gain": own["value"].to_numpy() - base.loc[own["task"]].to_numpy(),
+    }).reset_index(drop=True)  # fmt: skip
 
 
 def gain_grid(df: pd.DataFrame) -> pd.DataFrame:

@@ -36,7 +36,8 @@ class RunSpec(Strict):
     """One run, complete: two equal specs give the same numbers. Make one with `runs.spec`.
 
     `teacher`, `manifold`, `reading` are None and the weights 0 where a method does not use them,
-    so that equal work has one key. The `_id` fields say what stood behind the names.
+    so that equal work has one key. The `_id` fields say what stood behind the names; `mentor_id` is
+    the key of the run that makes the mentor.
     """
 
     profile: str
@@ -57,6 +58,9 @@ class RunSpec(Strict):
     data_id: str
     processes: int = 1
     recipe: int = RECIPE
+    mentor: str | None = None
+    mentor_seed: int = 0
+    mentor_id: str | None = None
 
     @property
     def key(self) -> str:

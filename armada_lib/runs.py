@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from armada_lib import engine, evaluation, profiles, students, tuning
+from armada_lib import encoding, engine, evaluation, mentors, profiles, students, tuning
 from armada_lib.batching import Encoded
 from armada_lib.extraction import attach, extract, pool
 from armada_lib.gentasks import SUITES
 from armada_lib.methods import METHODS, Setting
 from armada_lib.results import Result, RunSpec, RunStore, environment
 from armada_lib.specs import examples
-
-log = logging.getLogger(__name__)
-
 
 # -- one run -----------------------------------------------------------------------------------
 
@@ -46,11 +43,17 @@ def run(
         return found
     store.check()
     main = accelerator is None or accelerator.is_main_process
+    if accelerator is not None and accelerator.num_processes > 1 and mentors.lacking([s], store):
+        raise ValueError(
+            f"{s.label}: its mentor is not there yet; make it in one process first, with "
+            "`mentors.prepare([spec], RunStore(), runs.compute)`"
+        )
     with store.lock(s.key) if main else contextlib.nullcontext():
         if main and (found := store.load(s.key)) is not None and accelerator is None:
             return found
         if main:
             extract([s], store, progress=progress)
+            mentors.prepare([s], store, compute, progress=progress)
         if accelerator is not None:
             accelerator.wait_for_everyone()
         result = compute(s, store, accelerator, progress)
@@ -67,37 +70,8 @@ def build(
     p, t, entry = profiles.load(s.profile), s.training, METHODS[s.method]
     train, held = examples(s)
     task = train.task
-    student = students.load(
-        p.student(s.student), task.outputs, s.seed, task.kind == "regression", t.dropout
-    )
-    ids, types, cut = students.tokenise(student, train.first, train.second, t.max_length)
-    held_ids, held_types, held_cut = students.tokenise(
-        student, held.first, held.second, t.max_length
-    )
-    if cut or held_cut:
-        log.warning(
-            "%s: %d training and %d evaluation texts are cut at %d tokens",
-            task.title,
-            cut,
-            held_cut,
-            t.max_length,
-        )
-    remap = (
-        student.compact(np.concatenate(ids + held_ids + [np.array([_pad(student)])]))
-        .numpy()
-        .astype(np.int32)
-    )
-    pad = int(remap[_pad(student)])
-    tr = Encoded(
-        [remap[i] for i in ids], types, torch.from_numpy(train.labels), train.per_example, pad
-    )
-    ev = Encoded(
-        [remap[i] for i in held_ids],
-        held_types,
-        torch.from_numpy(held.labels),
-        held.per_example,
-        pad,
-    )
+    student = encoding.student(s)
+    tr, ev, cut, _ = encoding.encode(s, student)
     width, absent = None, 0
     if entry.vectors:
         width = p.teacher(s.teacher).width  # type: ignore[arg-type]
@@ -106,20 +80,19 @@ def build(
         kind=task.kind, outputs=task.outputs, training=t, seed=s.seed, alpha=s.alpha, beta=s.beta,
         gamma=s.gamma, tau=s.tau, manifold=s.manifold or "euclid", reading=s.reading or "paper",
         width=width, label_mean=float(train.labels.mean()) if task.kind == "regression" else 0.0,
+        mentor=mentors.load(s, store) if entry.mentor else None,
     )  # fmt: skip
     method = entry.build(setting, student)
+    own = [x for part in {**method.parts, **method.partners}.values() for x in part.parameters()]
     facts = {
-        "train": len(train), "evaluation": len(held), "cut": cut + held_cut, "split": t.split,
+        "train": len(train), "evaluation": len(held), "cut": cut, "split": t.split,
         "texts_without_vector": absent,
         "sources": [train.source, held.source],
         "student_parameters": sum(x.numel() for x in student.model.parameters()) + _left_out(student),
         "branch_parameters": sum(x.numel() for x in student.branch.parameters()) if student.branch else 0,
+        "method_parameters": sum(x.numel() for x in own if x.requires_grad),
     }  # fmt: skip
     return student, method, tr, ev, facts
-
-
-def _pad(student: students.Student) -> int:
-    return student.model.config.pad_token_id or 0
 
 
 def _left_out(student: students.Student) -> int:
@@ -128,9 +101,17 @@ def _left_out(student: students.Student) -> int:
 
 
 def compute(
-    s: RunSpec, store: RunStore, accelerator: Accelerator | None = None, progress: bool = False
+    s: RunSpec,
+    store: RunStore,
+    accelerator: Accelerator | None = None,
+    progress: bool = False,
+    state: Path | None = None,
+    after_epoch: Callable[[students.Student, int], None] | None = None,
 ) -> Result:
-    """Train and evaluate, without looking whether the Result is there."""
+    """Train and evaluate, without looking whether the Result is there.
+
+    `state`: the file from which a killed run goes on, if not the store's for this run.
+    """
     if s.task in SUITES:
         return tuning.compute(s, store, accelerator, progress)
     began = time.perf_counter()
@@ -141,8 +122,9 @@ def compute(
         held.task.metric, evaluation.predict(student, method, ev, bf16)["student"], held.labels
     )
     trained = engine.train(
-        student, method, tr, s.training, s.seed, accelerator, judge, store.state(s.key),
+        student, method, tr, s.training, s.seed, accelerator, judge, state or store.state(s.key),
         save_every=float(os.environ.get("ARMADA_SAVE_EVERY", engine.SAVE_EVERY)), progress=progress,
+        after_epoch=functools.partial(after_epoch, student) if after_epoch else None,
     )  # fmt: skip
     outputs = evaluation.predict(student, method, ev, bf16)
     scores = {
@@ -166,6 +148,7 @@ def trained_student(s: RunSpec, store: RunStore | None = None) -> students.Stude
     store = store or RunStore()
     store.check()
     extract([s], store)
+    mentors.prepare([s], store, compute)
     student, method, tr = tuning.build(s, store)[:3] if s.task in SUITES else build(s, store)[:3]
     engine.train(student, method, tr, s.training, s.seed)
     student.expand()
@@ -192,6 +175,7 @@ def study(
     missing = [s for s in specs if s not in store]
     workers = max(1, min(workers, len(missing)))
     extract(missing, store, workers, progress)
+    mentors.prepare(missing, store, compute, workers, progress)
     with tqdm(
         total=len(missing), desc="runs", unit="run", disable=not progress or not missing
     ) as bar:

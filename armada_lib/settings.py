@@ -47,20 +47,28 @@ class Lora(Strict):
 class StudentSpec(Strict):
     """A language model to be taught. `pooling` None = what the checkpoint's family uses (A14).
 
-    With `lora` it is a causal model that generates. `gguf`: the file to unpack in a folder without
-    safetensors; `bits`: 4 loads it quantised, on a GPU.
+    `layers`: the encoder layers of the checkpoint that are kept, from 0; None = all. With `lora` it
+    is a causal model that generates. `gguf`: the file to unpack in a folder without safetensors;
+    `bits`: 4 loads it quantised, on a GPU.
     """
 
     name: str
     checkpoint: str
     revision: str | None = None
     pooling: Literal["cls", "last", "mean"] | None = None
+    layers: tuple[int, ...] | None = Field(None, min_length=1)
     lora: Lora | None = None
     gguf: str | None = None
     bits: Literal[4] | None = None
     checkpointing: bool = False
     stands_for: str = ""
     note: str = ""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> StudentSpec:
+        if self.layers and (min(self.layers) < 0 or sorted(set(self.layers)) != [*self.layers]):
+            raise ValueError("layers must be numbers of 0 or more, each once, in ascending order")
+        return self
 
 
 class _Teacher(Strict):
@@ -236,6 +244,12 @@ class Training(Strict):
     protocol: Literal["generate", "likelihood", "sample"] | None = None
     new_tokens: int | None = Field(None, gt=0)
     test_size: int | None = Field(None, gt=0)
+    # of baselines:
+    anchors: int = Field(5, gt=0)  # RCO: checkpoints of the mentor's route
+    normalised: bool = True  # PKD: first-token vectors are brought to length 1
+    partner_lr: float | None = Field(None, gt=0, allow_inf_nan=False)  # None: the method's own
+    layer_epochs: int | None = Field(None, ge=0)  # TinyBERT: epochs of step 1; None: 10 in 13
+    pilot_lr: float = Field(5e-5, gt=0, allow_inf_nan=False)  # MetaDistil
 
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -253,10 +267,39 @@ class Weights(Strict):
         return dict(self.beta)[manifold] if isinstance(self.beta, dict) else self.beta  # type: ignore[index]
 
 
-class Tuning(Strict):
-    """What a chapter on students that generate runs when it is not told otherwise."""
+class Share(Strict):
+    """The weights that a baseline has; what each is, its class in `methods/` says."""
+
+    alpha: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    beta: Amount | None = None
+    gamma: Amount | None = None
+    tau: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+
+class Baselines(Strict):
+    """What the chapter on baselines runs when it is not told otherwise.
+
+    `mentor` and `assistant` are names of students: the model that a baseline learns from, and the
+    one between mentor and student (TAKD). `weights`: one entry a method.
+    """
 
     student: str
+    mentor: str
+    assistant: str
+    tasks: list[str]
+    methods: list[str]
+    seeds: list[int]
+    weights: dict[str, Share]
+
+
+class Tuning(Strict):
+    """What a chapter on students that generate runs when it is not told otherwise.
+
+    `mentor`: the name of the student that writes the responses of SeqKD.
+    """
+
+    student: str
+    mentor: str | None = None
     suites: list[str]
     teachers: list[str]
     methods: list[str]

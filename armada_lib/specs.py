@@ -14,9 +14,17 @@ import torch
 
 from armada_lib import engine, gentasks, profiles, teachers
 from armada_lib import tasks as task_table
-from armada_lib.methods import METHODS, READINGS
+from armada_lib.methods import GENERATING, METHODS, READINGS
 from armada_lib.profiles import MANIFOLDS, Profile, StudentSpec
 from armada_lib.results import RunSpec
+from armada_lib.settings import Baselines
+
+# What a mentor's fine-tuning takes from its student's settings: the data and the budget. Its learning
+# rate is the profile's own for it, so that a search over the student's leaves one mentor a task.
+SHARED = (
+    "epochs", "batch_size", "weight_decay", "warmup", "schedule", "clip", "max_length", "train_size",
+    "eval_size", "split", "select", "precision", "dropout", "copa", "template", "new_tokens", "test_size",
+)  # fmt: skip
 
 
 def spec(
@@ -33,32 +41,45 @@ def spec(
     gamma: float | None = None,
     tau: float | None = None,
     processes: int = 1,
+    mentor: str | None = None,
+    mentor_seed: int = 0,
     **training: Any,
 ) -> RunSpec:
     """A complete, validated RunSpec; what is not given comes from the profile.
 
-    `training`: any field of `profiles.Training`. Checks every name and number, reads the task's
-    rows and identifies both checkpoints, so that whatever is wrong shows before any work.
+    `mentor`: for a method that learns from a language model, the student's name of that model; one
+    is fine-tuned for each task, with `mentor_seed`, whatever the student's seed is. `training`: any
+    field of `profiles.Training`. Checks every name and number, reads the task's rows and identifies
+    all checkpoints, so that whatever is wrong shows before any work.
     """
     p = profiles.load(profile)
     need_gpu(p)
     entry = METHODS[profiles.check(method, METHODS, "method")]
     profiles.check(manifold, MANIFOLDS, "manifold loss")
     profiles.check(reading, READINGS, "reading")
-    if not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed must be an integer of 0 or more, got {seed!r}")
-    student = student or p.nlu.student
+    for name, number in (("seed", seed), ("mentor_seed", mentor_seed)):
+        if not isinstance(number, int | np.integer) or number < 0:
+            raise ValueError(f"{name} must be an integer of 0 or more, got {number!r}")
     suite = gentasks.TASKS[task] if task in gentasks.SUITES else None
+    able = [m for m in METHODS if (m in GENERATING if suite else m != "seqkd")]
+    profiles.check(method, able, f"method for {task}")
+    block = baselines(p) if entry.mentor and not suite else None
+    student = student or (block.student if block else p.nlu.student)
     group = suite.group if suite else task_table.get(task).group
     t = p.recipe(group, task, student, **training)
     t = t.model_copy(update={"precision": engine.precision(t.precision, device())})
     who, named = p.student(student), p.teacher(teacher)
     taught = named if entry.vectors else None
-    w = _weights(p, reading, manifold, {"alpha": alpha, "beta": beta, "gamma": gamma, "tau": tau})
+    given = {"alpha": alpha, "beta": beta, "gamma": gamma, "tau": tau}
+    w = _weights(p, reading, manifold, given)
     if method == "layers_only":  # no teacher: only the added heads remain
         w |= {"alpha": 0.0, "beta": 0.0}
     if not entry.distils:
         w = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "tau": 1.0}
+    if block:
+        w |= _shares(p, method, given)
+    if entry.mentor:
+        mentor = p.student(mentor or _usual_mentor(p, suite)).name
     if suite:  # nothing for alpha to weigh: token logits and a reconstruction do not match (A31)
         w["alpha"] = 0.0
         if who.lora is None:
@@ -68,7 +89,7 @@ def spec(
     else:
         train, evaluation_ = _examples(task, p.data, t.train_size, t.eval_size, t.split, t.copa)
         data_id = f"{train.digest}/{evaluation_.digest}"
-    return RunSpec(
+    s = RunSpec(
         profile=profile, task=task, student=student, method=method,
         teacher=taught.name if taught else None,
         manifold=manifold if entry.vectors and w["beta"] else None,
@@ -77,14 +98,51 @@ def spec(
         alpha=w["alpha"], beta=w["beta"], gamma=w["gamma"], tau=w["tau"],
         student_id=_student(who),
         teacher_id=teachers.fingerprint(taught, device().type) if taught else None,
-        data_id=data_id,
+        data_id=data_id, mentor=mentor if entry.mentor else None,
+        mentor_seed=mentor_seed if entry.mentor else 0,
+    )  # fmt: skip
+    return s.model_copy(update={"mentor_id": mentor_of(s).key}) if entry.mentor else s
+
+
+def _usual_mentor(p: Profile, suite: gentasks.GenTask | None) -> str:
+    if suite is None:
+        return baselines(p).mentor
+    block = p.reasoning if suite.group == "reasoning" else p.instruction
+    if block is None or block.mentor is None:
+        raise ValueError(f"profile {p.name!r} names no mentor for {suite.name!r}: give `mentor`")
+    return block.mentor
+
+
+def mentor_of(s: RunSpec) -> RunSpec:
+    """The run that makes the mentor of `s`: the same task and data, and all that is `SHARED`.
+
+    It is undistilled, except that TAKD learns from an assistant that was distilled from the mentor,
+    and SFTN from a mentor that was fine-tuned with branches of the student.
+    """
+    needs, method, student, mentor = METHODS[s.method].mentor, "undistilled", s.mentor, None
+    if "assistant" in needs:
+        student, mentor, method = baselines(profiles.load(s.profile)).assistant, s.mentor, "kd"
+    elif "branches" in needs:
+        mentor, method = s.student, "sftn_mentor"
+    shared = {k: getattr(s.training, k) for k in SHARED}
+    return spec(
+        s.profile, s.task, method, student, seed=s.mentor_seed, mentor=mentor,
+        mentor_seed=s.mentor_seed, **shared,
     )  # fmt: skip
 
 
+def baselines(p: Profile) -> Baselines:
+    """The profile's block `baselines`; ValueError where there is none."""
+    if p.baselines is None:
+        raise ValueError(f"profile {p.name!r} has no block `baselines`: it names no mentor")
+    return p.baselines
+
+
 def _student(who: StudentSpec) -> str:
-    """What a student is: its checkpoint and how it is read or tuned."""
+    """What a student is: its checkpoint, what is left of it, and how it is read or tuned."""
     own = who.lora.model_dump_json() if who.lora else who.pooling or "own pooling"
-    return profiles.identity(who.checkpoint, who.revision) + f"/{own}"
+    cut = f"/layers {','.join(map(str, who.layers))}" if who.layers else ""
+    return profiles.identity(who.checkpoint, who.revision) + f"/{own}{cut}"
 
 
 def _weights(
@@ -92,15 +150,27 @@ def _weights(
 ) -> dict[str, float]:
     base = p.armada[reading]  # type: ignore[index]
     merged = {"alpha": base.alpha, "beta": base.of(manifold), "gamma": base.gamma, "tau": base.tau}
-    merged |= {k: v for k, v in given.items() if v is not None}
-    for name, value in merged.items():
+    return _checked(merged | {k: v for k, v in given.items() if v is not None})
+
+
+def _shares(p: Profile, method: str, given: dict[str, float | None]) -> dict[str, float]:
+    """The weights that a baseline has, by the profile; what is given replaces them."""
+    weights = baselines(p).weights
+    if method not in weights:
+        raise ValueError(f"profile {p.name!r} gives no weights to {method!r} (baselines.weights)")
+    own = weights[method].model_dump(exclude_none=True)
+    return _checked(own | {k: given[k] for k in own if given[k] is not None})
+
+
+def _checked(weights: dict[str, Any]) -> dict[str, float]:
+    for name, value in weights.items():
         low, high = {"alpha": (0, 1), "tau": (1e-9, math.inf)}.get(name, (0, math.inf))
         if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
             bounds = (
                 "from 0 to 1" if name == "alpha" else "above 0" if name == "tau" else "of 0 or more"
             )
             raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
-    return {k: float(v) for k, v in merged.items()}
+    return {k: float(v) for k, v in weights.items()}
 
 
 def grid(

@@ -78,8 +78,8 @@ class Progress:
 
 
 def weights(student: Student, method: Method) -> Iterable[tuple[str, Tensor]]:
-    """Every trained parameter of the student and of the method's parts, by name."""
-    for name, module in {"student": student, **method.parts}.items():
+    """Every trained parameter of the student, of the method's parts and of its partners, by name."""
+    for name, module in {"student": student, **method.parts, **method.partners}.items():
         for key, value in module.named_parameters():
             if value.requires_grad:
                 yield f"{name}/{key}", value

@@ -258,11 +258,17 @@ def load(
     """The checkpoint behind a student's name, with a fresh head of `outputs` drawn from `seed`.
 
     `dropout` None keeps the checkpoint's own; 0 makes training deterministic but for its order.
-    Raises ValueError for an architecture that is not taken apart here, before weights are read.
+    Raises ValueError for an architecture that is not taken apart here, and for layers to be kept
+    that are not there, before weights are read.
     """
     where = profiles.resolve(spec.checkpoint)
     config = AutoConfig.from_pretrained(where, revision=spec.revision)
     family = FAMILIES[profiles.check(config.model_type, FAMILIES, "student architecture")]
+    if spec.layers and max(spec.layers) >= config.num_hidden_layers:
+        raise ValueError(
+            f"student {spec.name!r} keeps layers {list(spec.layers)}, and {spec.checkpoint} has "
+            f"layers 0 to {config.num_hidden_layers - 1}"
+        )
     changed: dict[str, Any] = {"num_labels": outputs}
     if dropout is not None:
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout",
@@ -274,10 +280,25 @@ def load(
             where, revision=spec.revision, dtype=torch.float32,
             attn_implementation=PACKED if family.packs else "eager", **changed,
         )  # fmt: skip
+    if spec.layers:
+        _cut(family.encoder(model), spec.layers)
     tokenizer = AutoTokenizer.from_pretrained(where, revision=spec.revision)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Student(model, tokenizer, spec.pooling, regression)
+
+
+def _cut(encoder: Any, layers: tuple[int, ...]) -> None:
+    """Keep these layers of an encoder alone, in place."""
+    stack = encoder.encoder.layer if hasattr(encoder, "encoder") else encoder.decoder.layers
+    for i in reversed(range(len(stack))):
+        if i not in layers:
+            del stack[i]
+    for i, layer in enumerate(stack):  # some count themselves, to find their place in a cache
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = i
+    encoder.config.num_hidden_layers = len(stack)
 
 
 @contextlib.contextmanager

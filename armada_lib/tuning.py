@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,15 @@ def build(s: RunSpec, store: RunStore) -> tuple[Decoder, Method, Sequences, dict
     student = decoders.load(p.student(s.student), width or 1, s.seed, t.dropout, t.precision)
     for items in suite.tests.values():  # a question too long is named before anything is trained
         generation.tokens(student, _prompts(s, student, items), _room(s))
-    prompts = [student.prompt_ids(p) for p in _prompts(s, student, suite.train)]
+    items = _responses(s, store) if s.mentor else suite.train
+    prompts = [student.prompt_ids(p) for p in _prompts(s, student, items)]
     fits = [n for n, ids in enumerate(prompts) if len(ids) < t.max_length]
     if not fits:
         raise ValueError(
             f"{s.task}: every training prompt has {t.max_length} tokens or more, so none leaves room "
             "for a response; raise max_length"
         )
-    train, end = [suite.train[n] for n in fits], student.tokenizer.eos_token or ""
+    train, end = [items[n] for n in fits], student.tokenizer.eos_token or ""
     responses = [student.answer_ids(i.response + end) for i in train]
     pad = student.tokenizer.pad_token_id
     data, cut = sequences([prompts[n] for n in fits], responses, pad, t.max_length)
@@ -61,7 +63,8 @@ def build(s: RunSpec, store: RunStore) -> tuple[Decoder, Method, Sequences, dict
     method = entry.build(setting, student)
     count = lambda module: sum(x.numel() for x in module.parameters() if x.requires_grad)
     facts = {
-        "train": len(train), "too_long": len(suite.train) - len(train), "cut": cut,
+        "train": len(train), "too_long": len(items) - len(train), "cut": cut,
+        "without_response": len(suite.train) - len(items),
         "wrong_rationales": sum(answers.disagrees(i) for i in train), "texts_without_vector": absent,
         "tests": {name: len(items) for name, items in suite.tests.items()},
         "removed_from_training": len(suite.removed), "sources": suite.sources,
@@ -70,6 +73,31 @@ def build(s: RunSpec, store: RunStore) -> tuple[Decoder, Method, Sequences, dict
         "branch_parameters": count(student.branch) if student.branch else 0,
     }  # fmt: skip
     return student, method, data, facts
+
+
+def _responses(s: RunSpec, store: RunStore) -> list[Item]:
+    """The training items with the mentor's greedy responses (SeqKD; Kim and Rush, 2016).
+
+    The source takes the mode of the mentor's distribution, by beam search; here it is greedy. The
+    mentor is tuned on the same items first. Weights and responses are kept in `mentors/<key>/`:
+    both are made once, and a killed call goes on. An empty response leaves its item out.
+    """
+    m = specs.mentor_of(s)
+    home, items = store.root / "mentors" / m.key, specs.suite(s).train
+    with store.lock(f"mentor-{m.key}"):
+        mentor, method, data, _ = build(m, store)
+        _trained(
+            home / "trained.safetensors", mentor, method,
+            lambda: engine.train(mentor, method, data, m.training, m.seed, state=home / "state", probes=0),
+        )  # fmt: skip
+        said = generation.generate(
+            mentor, _prompts(m, mentor, items), _room(m), home / "responses.jsonl",
+            bf16=m.training.precision == "bf16",
+        )  # fmt: skip
+    found = [replace(i, response=answers.cut(r)) for i, r in zip(items, said, strict=True)]
+    if not (left := [i for i in found if i.response]):
+        raise ValueError(f"{s.label}: the mentor {m.student} answered none of the training prompts")
+    return left
 
 
 def _prompts(s: RunSpec, student: Decoder, items: list[Item]) -> list[str]:
@@ -92,6 +120,7 @@ def compute(
         lambda: engine.train(
             student, method, data, s.training, s.seed, accelerator, None, store.state(s.key),
             save_every=float(os.environ.get("ARMADA_SAVE_EVERY", engine.SAVE_EVERY)), progress=progress,
+            probes=0,  # a backward pass for each term is dear here, and no chapter reads them
         ),
     )  # fmt: skip
     scores, outputs, unparsed = {}, {}, {}

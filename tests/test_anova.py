@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from armada_lib.anova import anova
+from armada_lib import chapter, report
+from armada_lib.anova import anova, readings
 
 RNG = np.random.default_rng(3)
 FRAME = pd.DataFrame(
@@ -45,6 +46,32 @@ def test_without_repeats_there_is_no_interaction():
     ]
     single = one[one["teacher"] == "x"]
     assert anova(single, "gain", ["loss"])["F"].isna().all()
+
+
+def test_every_reading_of_the_papers_own_cells():
+    """The p-values that the paper prints or implies, recomputed from Table 11."""
+    cells = report.printed_cells(chapter.published(11))
+    found = readings(cells).set_index(["factor", "reading"])
+    group = lambda df, by: [g["gain"] for _, g in df.groupby(by)]
+    best = lambda by: cells.groupby(["task", by], as_index=False)["gain"].max()
+    for factor, other in (("loss", "teacher"), ("teacher", "loss")):
+        all_cells = stats.f_oneway(*group(cells, factor))
+        assert found.loc[(factor, "all cells"), "p"] == pytest.approx(all_cells.pvalue)
+        of_best = stats.f_oneway(*group(best(factor), factor))
+        row = found.loc[(factor, f"best {other} for each task")]
+        assert row["p"] == pytest.approx(of_best.pvalue) and row["rows"] == 15
+    assert found.loc[("loss", "best teacher for each task"), "p"] == pytest.approx(0.52, abs=5e-3)
+    # tasks as blocks: the same squares between losses, less noise
+    y = cells["gain"] - cells.groupby("task")["gain"].transform("mean")
+    between = 15 * (cells.assign(y=y).groupby("loss")["y"].mean() ** 2).sum()
+    f = between / 2 / (((y**2).sum() - between) / (45 - 3 - 4))
+    assert found.loc[("loss", "all cells, tasks as blocks"), "F"] == pytest.approx(f)
+
+
+def test_readings_of_one_teacher_compare_losses_alone():
+    one = readings(report.printed_cells(chapter.published(4)))
+    assert set(one["factor"]) == {"loss"} and len(one) == 2
+    assert readings(one.assign(task="a", loss="b", teacher="c", gain=1.0)).empty
 
 
 @pytest.mark.parametrize(

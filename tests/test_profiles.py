@@ -145,7 +145,7 @@ def test_the_papers_settings_are_the_papers():
         (
             lambda: profiles.load("paper").student("bert-6"),
             "unknown student (profile paper) 'bert-6'; did you mean 'bert-6l'?",
-            "bert-6l, bert-base, deberta-v2-xxlarge, llama-3.1-8b, llama-3.2-3b, llama-7b, opt-1.3b",
+            "bert-6l, bert-8l, bert-base, deberta-v2-xxlarge, llama-3.1-8b, llama-3.2-3b, llama-7b, opt-1.3b",
         ),
         (
             lambda: profiles.load("paper").teacher("sd15"),

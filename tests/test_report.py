@@ -89,6 +89,26 @@ def test_the_average_uses_the_same_tasks_for_every_seed():
     assert (a["mean"], a["n"], a["tasks"]) == (2.5, 2, 1)
 
 
+def test_arms_of_two_teachers_are_told_apart():
+    df = frame([("cola", "undistilled", None, 0, 50), ("cola", "armada", "euclid", 0, 53),
+                ("cola", "armada", "euclid", 0, 51)])  # fmt: skip
+    df["teacher"] = [None, "sd14", "speecht5"]
+    assert report.arms(df)["arm"].tolist() == [
+        "undistilled", "ARMADA Euclid, sd14", "ARMADA Euclid, speecht5"]  # fmt: skip
+    cells = report.gain_cells(df)
+    assert cells[["task", "loss", "teacher", "gain"]].values.tolist() == [
+        ["CoLA", "euclid", "sd14", 3.0], ["CoLA", "euclid", "speecht5", 1.0]]  # fmt: skip
+
+
+def test_published_cells_are_gains_without_the_average():
+    cells = report.printed_cells(chapter.published(4))
+    assert len(cells) == 3 * 8 and "average" not in set(cells["task"])
+    one = chapter.published(4).set_index(["task", "method", "manifold_loss"])["value"]
+    found = cells[(cells["task"] == "AQuA") & (cells["loss"] == "cosine")]["gain"].item()
+    expected = one["AQuA", "ARMADA", "cosine"] - one["AQuA", "undistilled", "none"]
+    assert found == pytest.approx(expected)
+
+
 def test_published_numbers_stand_beside_the_right_rows():
     rows = [
         ("cola", "undistilled", None, 0, 10),

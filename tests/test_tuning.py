@@ -106,6 +106,49 @@ def test_a_run_killed_between_two_answers_is_not_trained_again(own, monkeypatch)
     assert not list((RunStore().root / "answers").rglob("trained.safetensors"))
 
 
+def test_seqkd_is_tuned_on_the_mentors_responses(own, monkeypatch):
+    """They are written once, for all seeds, and a killed call goes on with what it has."""
+    s, store = make("seqkd", mentor="llama"), RunStore()
+    store.check()
+    home = store.root / "mentors" / specs.mentor_of(s).key
+    real, calls = tuning.generation._append, []
+
+    def dies(path, new):
+        real(path, new)
+        calls.append(path.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning.generation, "_append", dies)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.build(s, store)
+    monkeypatch.setattr(tuning.generation, "_append", real)
+    assert calls == ["responses.jsonl"] and (home / "trained.safetensors").exists()
+    monkeypatch.setattr(tuning.engine, "train", lambda *a, **k: pytest.fail("trained again"))
+    student, _, data, facts = tuning.build(s, store)
+    said = tuning.generation.kept_answers(home / "responses.jsonl")
+    kept = [r for r in said.values() if tuning.answers.cut(r)]
+    assert len(said) == 12 and facts["train"] + facts["too_long"] == len(kept)
+    assert facts["without_response"] == 12 - len(kept)
+    items = [i for i in tuning._responses(s, store) if i.response in map(tuning.answers.cut, kept)]
+    for item, tokens, prompt in zip(items, data.tokens, data.prompts, strict=True):
+        whole = student.answer_ids(item.response + (student.tokenizer.eos_token or ""))
+        assert tokens[prompt:].tolist() == whole[: len(tokens) - prompt].tolist()
+    assert [i.instruction for i in items] == [i.instruction for i in specs.suite(s).train
+                                              if i.id in {x.id for x in items}]  # fmt: skip
+    again = tuning.build(make("seqkd", mentor="llama", seed=1), store)[2]
+    assert all(np.array_equal(a, b) for a, b in zip(data.tokens, again.tokens, strict=True))
+
+
+def test_a_method_that_needs_labels_or_a_teacher_is_refused(own):
+    for method in ("kd", "layers_only"):
+        with pytest.raises(ValueError, match=f"unknown method for math '{method}'.*seqkd"):
+            make(method)
+    with pytest.raises(ValueError, match="'tuned' names no mentor for 'math': give `mentor`"):
+        make("seqkd")
+    with pytest.raises(ValueError, match="unknown method for cola 'seqkd'"):
+        specs.spec("tuned", "cola", "seqkd")
+
+
 def test_a_damaged_file_of_weights_is_not_used(own, tmp_path):
     s = make("undistilled")
     path = tmp_path / "answers" / s.key / "trained.safetensors"

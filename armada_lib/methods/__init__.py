@@ -9,8 +9,14 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from armada_lib.methods.armada import READINGS, Armada, Reading
-from armada_lib.methods.base import Method, Phase, Setting, Terms
+from armada_lib.methods.base import Mentor, Method, Phase, Setting, Terms
 from armada_lib.methods.generation import ArmadaGeneration
+from armada_lib.methods.kd import KD, PKD, RCO, ContinuationKD
+from armada_lib.methods.metadistil import MetaDistil
+from armada_lib.methods.mutual import DML, ProKT
+from armada_lib.methods.rail import Rail
+from armada_lib.methods.sftn import SFTNTeacher
+from armada_lib.methods.tinybert import TinyBERT
 from armada_lib.students import Student
 
 Vectors = Literal["real", "shuffled", "random"]
@@ -23,11 +29,24 @@ class Entry(NamedTuple):
     about: str
     vectors: Vectors | None = None  # what the aligner reads; None = there is no aligner
     distils: bool = True  # has loss weights, a manifold loss and a reading
+    # what it needs of its mentor: logits, anchors, cls, means, model (fine-tuned), start (not yet),
+    # assistant (the mentor is distilled itself), branches (it was fine-tuned with the student's),
+    # responses (its answers to the training prompts; only for students that generate)
+    mentor: tuple[str, ...] = ()
 
 
 def _armada(setting: Setting, student: Student, **options: bool) -> Armada:
     kind = ArmadaGeneration if setting.kind == "generation" else Armada
     return kind(setting, student, **options)
+
+
+def _baseline(build: Callable[[Setting, Student], Method], about: str, *mentor: str) -> Entry:
+    return Entry(build, about, distils=False, mentor=mentor)
+
+
+def _friendly(setting: Setting, student: Student) -> SFTNTeacher:
+    assert setting.mentor is not None  # the student to be, whose layers become the branches
+    return SFTNTeacher(setting, student, setting.mentor.start())
 
 
 METHODS: dict[str, Entry] = {
@@ -43,13 +62,45 @@ METHODS: dict[str, Entry] = {
         "control: the aligner stays at its random start",
         "real",
     ),
+    "kd": _baseline(KD, "the mentor's softened predictions", "logits"),
+    "pkd_skip": _baseline(PKD, "KD, and every second inner layer", "logits", "cls"),
+    "pkd_last": _baseline(
+        lambda s, m: PKD(s, m, last=True), "KD, and the last inner layers", "logits", "cls"
+    ),
+    "tinybert": _baseline(TinyBERT, "attention and layers, then predictions", "logits", "model"),
+    "rco": _baseline(RCO, "KD from checkpoints of the mentor's way", "anchors"),
+    "takd": _baseline(KD, "KD from an assistant that the mentor distilled", "logits", "assistant"),
+    "dml": _baseline(DML, "two that learn from each other", "start"),
+    "prokt": _baseline(ProKT, "a teacher that stays near its student", "start"),
+    "sftn": _baseline(
+        KD, "KD from a mentor tuned with the student's branches", "logits", "branches"
+    ),
+    "sftn_mentor": _baseline(_friendly, "the first stage of sftn: that mentor", "start"),
+    "metadistil": _baseline(MetaDistil, "a teacher that learns to teach", "model"),
+    "continuation_kd": _baseline(ContinuationKD, "from damped logits to labels", "logits"),
+    "rail_kd": _baseline(Rail, "KD, and random inner layers", "logits", "means"),
+    "seqkd": _baseline(Method, "the mentor's responses in the place of the data's", "responses"),
 }
 
+# For students that generate. `layers_only` is not among them: the added heads reconstruct the
+# teacher's vector (A31), so that without one nothing is added to the loss.
+GENERATING = ("undistilled", "armada", "shuffled", "random", "frozen_aligner", "seqkd")
+
+# The methods of Table 7 as it prints them.
+TABLE_7 = {
+    "KD": "kd", "PKD": "pkd_skip", "TinyBERT": "tinybert", "RCO": "rco", "TAKD": "takd", "DML": "dml",
+    "ProKT": "prokt", "SFTN": "sftn", "MetaDistil": "metadistil", "Continuation KD": "continuation_kd",
+    "Rail KD": "rail_kd", "ARMADA": "armada",
+}  # fmt: skip
+
 __all__ = [
+    "GENERATING",
     "METHODS",
     "READINGS",
+    "TABLE_7",
     "Armada",
     "Entry",
+    "Mentor",
     "Method",
     "Phase",
     "Reading",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from armada_lib import losses
-from armada_lib.batching import Batch
+from armada_lib.batching import Batch, Encoded
 from armada_lib.profiles import Training
 from armada_lib.students import Student, StudentOutput
 
@@ -18,6 +19,48 @@ from armada_lib.students import Student, StudentOutput
 Phase = Literal["joint", "student", "aligner"]
 Terms = dict[str, Tensor]  # named, already weighted; the engine minimises their sum
 Centroid = Callable[[Tensor], Tensor]
+
+
+class Mentor(Protocol):
+    """A language model of the same task, which a student may learn from; what it gives is a copy.
+
+    Row i of `logits` and of each of `anchors` belongs to training example i (c outputs; 1 of a
+    regression); a choice task has a row a text, 2i and 2i + 1. Row i of `cls` and `means` is text i.
+    """
+
+    @property
+    def logits(self) -> Tensor:
+        """(n, c) float32, in evaluation mode."""
+
+    @property
+    def anchors(self) -> list[Tensor]:
+        """Logits after each epoch of its fine-tuning; the last are `logits`."""
+
+    @property
+    def cls(self) -> Tensor:
+        """(texts, layers + 1, d) float16: first-token vectors; 0 is after the embeddings."""
+
+    @property
+    def means(self) -> Tensor:
+        """(texts, layers + 1, d) float16: the same, means over the text's tokens."""
+
+    @property
+    def data(self) -> Encoded:
+        """The training examples, in order, as the mentor reads them."""
+
+    @property
+    def layers(self) -> int:
+        """Number of layers, without the embeddings."""
+
+    @property
+    def width(self) -> int:
+        """d."""
+
+    def tuned(self) -> Student:
+        """A fresh copy of the fine-tuned model, on the CPU, without a branch."""
+
+    def start(self) -> Student:
+        """A fresh copy of the model before its fine-tuning, with a new head."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +79,7 @@ class Setting:
     reading: str = "paper"
     width: int | None = None  # of the teacher's vectors
     label_mean: float = 0.0
+    mentor: Mentor | None = None
 
 
 class Method:
@@ -43,7 +87,8 @@ class Method:
 
     A method holds its own trainable `parts` (the engine gives each an optimiser), says which phase
     each epoch is, turns a batch and the student's output into named losses, and may act after a
-    step. It never sees how data are loaded.
+    step. It never sees how data are loaded. Networks that learn by losses of their own are its
+    `partners`: the engine keeps an optimiser for each, and `turn` trains them.
     """
 
     reads_teacher = False
@@ -51,17 +96,15 @@ class Method:
     def __init__(self, setting: Setting, student: Student):
         self.setting, self.student = setting, student
         self.parts: dict[str, nn.Module] = {}
+        self.partners: dict[str, nn.Module] = {}
         self.task_loss = losses.mse if setting.kind == "regression" else losses.cross_entropy
         self.phi = losses.identity if setting.kind == "regression" else losses.softmax
         if setting.kind == "regression":
             student.centre(setting.label_mean)
 
     def learning_rate(self, part: str) -> float:
-        return (
-            self.setting.training.student_lr
-            if part == "student"
-            else self.setting.training.aligner_lr
-        )
+        t = self.setting.training
+        return t.aligner_lr if part in self.parts else t.student_lr
 
     def schedule(self, epochs: int) -> list[Phase]:
         return ["joint"] * epochs
@@ -74,6 +117,25 @@ class Method:
 
     def task(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.task_loss(self.shape(logits), labels)
+
+    def attach(self, data: Encoded) -> None:
+        """Called once before training, with the training examples as the student reads them."""
+
+    def before_epoch(self, number: int, epochs: int) -> None:
+        """Called as epoch `number` of 0 .. epochs - 1 begins, and when a killed run goes on in it."""
+
+    def turn(self, batch: Batch, out: StudentOutput | None, step: Callable[[str], Tensor]) -> None:
+        """Train the partners; called in every step before `losses`, if there are any.
+
+        `out` is the student's output, with its graph. After a .backward(), `step(name)` averages
+        that partner's gradients over processes, clips them, steps and clears; it returns their norm.
+        """
+
+    def forward(self, partner: nn.Module, inputs: dict[str, Any]) -> StudentOutput:
+        """A partner's output, in the precision of the student's."""
+        bf16 = self.setting.training.precision == "bf16"
+        with torch.autocast(next(partner.parameters()).device.type, torch.bfloat16, enabled=bf16):
+            return partner(inputs)
 
     def losses(
         self, batch: Batch, out: StudentOutput | None, phase: Phase, centroid: Centroid
@@ -95,3 +157,8 @@ class Method:
     def facts(self) -> dict[str, float]:
         """Numbers worth storing with the run, such as how far a projection is from orthogonal."""
         return {}
+
+
+def texts(batch: Batch, per_example: int) -> np.ndarray:
+    """Numbers of the batch's texts, in the order of the student's outputs."""
+    return (batch.rows[:, None] * per_example + np.arange(per_example)[None]).reshape(-1)

@@ -1,0 +1,131 @@
+"""Baselines side by side: what the paper quotes, what was run again, at which cost, in which rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata, studentized_range
+
+from armada_lib import report, stats
+from armada_lib.methods import TABLE_7
+from armada_lib.results import Result
+
+PRINTED = {method: name for name, method in TABLE_7.items()}
+
+
+def scoreboard(df: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """A row a method as quoted in the paper and one as run again, a column a task, averages last.
+
+    `df`: the frame of `report.table`; `published`: Table 7 or 8. Quoted rows hold what the paper
+    prints for the tasks of this run; it does not say on which split. The two kinds never mix.
+    """
+    found = report.arms(df)
+    titles = list(dict.fromkeys(found["title"]))
+    rows = []
+    for name, part in published.groupby("method", sort=False):
+        values = part.groupby("task")["value"].mean()
+        printed = {t: part.loc[part["task"] == t, "printed"].iloc[0] for t in titles if t in values}
+        if printed:
+            shared = float(values[list(printed)].mean())
+            rows.append({"method": name, "row": "quoted", **printed, "mean": f"{shared:.1f}"})
+    for name in dict.fromkeys(found["arm"]):
+        part = found[found["arm"] == name]
+        row: dict[str, Any] = {"method": name, "row": "run again"}
+        for t, g in part.groupby("title", sort=False):
+            s = stats.summary(g["score"])
+            row[str(t)] = f"{s.mean:.1f}" + (f" ± {s.sd:.1f}" if s.n > 1 else "")
+        row["mean"] = f"{part.groupby('title')['score'].mean().mean():.1f}"
+        rows.append(row)
+    return pd.DataFrame(rows)[["method", "row", *titles, "mean"]].fillna("–")
+
+
+def _blocks(df: pd.DataFrame) -> pd.DataFrame:
+    """Scores, a row a (task, seed) that every arm has, a column an arm."""
+    table = report.arms(df).pivot_table(index=["title", "seed"], columns="arm", values="score")
+    return table.dropna()
+
+
+def ranks(df: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Average rank of every arm (1 = best) over tasks and seeds that all arms share.
+
+    Columns: arm, rank, low, high (95 %, bootstrap over tasks, and over the seeds within each), n
+    (tasks), critical: the difference from which two average ranks differ by Nemenyi's test at 5 %
+    (Demsar, 2006), tasks being the independent units. ValueError if no task has all arms.
+    """
+    table = _blocks(df)
+    if table.empty:
+        raise ValueError("no task was run by every arm with one seed; nothing can be ranked")
+    names = list(table.columns)
+    per_task = [np.apply_along_axis(rankdata, 1, -g.to_numpy()) for _, g in table.groupby("title")]
+    means = np.array([r.mean(0) for r in per_task])
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(draws):
+        tasks = rng.integers(len(per_task), size=len(per_task))
+        drawn.append(np.mean([
+            per_task[t][rng.integers(len(per_task[t]), size=len(per_task[t]))].mean(0) for t in tasks
+        ], axis=0))  # fmt: skip
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    k, n = len(names), len(per_task)
+    critical = (
+        studentized_range.ppf(0.95, k, math.inf) / math.sqrt(2) * math.sqrt(k * (k + 1) / 6 / n)
+    )
+    out = pd.DataFrame({"arm": names, "rank": means.mean(0), "low": low, "high": high,
+                        "n": n, "critical": critical})  # fmt: skip
+    return out.sort_values("rank", ignore_index=True)
+
+
+def costs(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
+    """What a method costs besides the student: means over its runs, a row a method.
+
+    Columns: method; added parameters that are trained (heads, aligner, a second network); seconds a
+    step, as a multiple of the undistilled student's on the same task; peak memory in MB above what
+    the process held before the run; runs.
+    """
+    rows = []
+    for r in results:
+        spec, facts = (r.spec, r.facts) if isinstance(r, Result) else (r["spec"], r["facts"])
+        if not facts.get("steps"):
+            continue
+        rows.append({
+            "method": PRINTED.get(spec.method, report.CONTROLS.get(spec.method, spec.method)),
+            "task": spec.task,
+            "added": facts["branch_parameters"] + facts.get("method_parameters", 0),
+            "step": facts["train_seconds"] / facts["steps"], "memory": facts.get("peak_memory"),
+        })  # fmt: skip
+    table = pd.DataFrame(rows)
+    base = table[table["method"] == "undistilled"].groupby("task")["step"].median()
+    table["step"] = table["step"] / table["task"].map(base)
+    found = table.groupby("method", sort=False).agg(
+        added=("added", "mean"), step=("step", "median"), memory=("memory", "median"),
+        runs=("task", "size"),
+    )  # fmt: skip
+    return found.reset_index()
+
+
+def equally_effective(
+    df: pd.DataFrame, arm: str, others: Iterable[str], margin: float = 1.0
+) -> tuple[str, str]:
+    """(outcome, sentence): is `arm` within `margin` points of the mean of the other arms?
+
+    By the interval of its difference averaged over tasks, one number a seed: inside the margin is
+    equally effective, outside it is not; three seeds at least, else undecided.
+    """
+    table = _blocks(df)
+    others = [o for o in others if o in table]
+    if arm not in table or not others:
+        return "undecided", f"{arm} and the baselines were not run on the same tasks and seeds."
+    gap = (table[arm] - table[others].mean(axis=1)).groupby("seed").mean()
+    s = stats.summary(gap)
+    text = f"{arm} minus the mean of {len(others)} baselines, in points: {s.mean:+.1f}".replace(
+        "-", "−"
+    )
+    if s.n < 3:
+        return "undecided", f"{text}. With {s.n} seed(s) no interval decides anything."
+    text += f"{report.interval(s.low, s.high)}, {s.n} seeds."
+    if -margin < s.low and s.high < margin:
+        return "reproduced", text
+    return ("not reproduced" if s.high < -margin or s.low > margin else "undecided"), text

@@ -1,0 +1,62 @@
+"""A student and its task's examples as tokens: what every run on labelled examples begins with."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from armada_lib import profiles, students
+from armada_lib.batching import Encoded
+from armada_lib.results import RunSpec
+from armada_lib.specs import examples
+from armada_lib.students import Student
+
+log = logging.getLogger(__name__)
+
+
+class Splits(NamedTuple):
+    """Both splits as tokens; `cut`: texts that are too long; `used`: the token ids that occur."""
+
+    train: Encoded
+    held: Encoded
+    cut: int
+    used: np.ndarray
+
+
+def student(s: RunSpec) -> Student:
+    """The untrained student of a run, with a new head."""
+    task, who = examples(s)[0].task, profiles.load(s.profile).student(s.student)
+    return students.load(who, task.outputs, s.seed, task.kind == "regression", s.training.dropout)
+
+
+def encode(s: RunSpec, student: Student) -> Splits:
+    """The run's examples as this student reads them, which keeps the embeddings of their tokens."""
+    train, held = examples(s)
+    longest = s.training.max_length
+    ids, types, cut = students.tokenise(student, train.first, train.second, longest)
+    held_ids, held_types, held_cut = students.tokenise(student, held.first, held.second, longest)
+    if cut or held_cut:
+        log.warning(
+            "%s: %d training and %d evaluation texts are cut at %d tokens",
+            train.task.title,
+            cut,
+            held_cut,
+            longest,
+        )
+    padding = student.model.config.pad_token_id or 0
+    used = np.unique(np.concatenate([*ids, *held_ids, np.array([padding])]))
+    new = student.compact(used).numpy().astype(np.int32)
+    parts = [
+        Encoded(
+            [new[i] for i in tokens],
+            kinds,
+            torch.from_numpy(e.labels),
+            e.per_example,
+            int(new[padding]),
+        )
+        for tokens, kinds, e in ((ids, types, train), (held_ids, held_types, held))
+    ]
+    return Splits(parts[0], parts[1], cut + held_cut, used)
