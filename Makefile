@@ -55,8 +55,8 @@ nlu: $(READY)  ## run the NLU chapter (teacher sd14) and write out.ipynb
 test: $(READY)  ## run every test: library, notebooks, book build, pages, README commands
 	@echo "==> tests 1/3: library and notebook hygiene ($(JOBS) processes)"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow" -n $(JOBS)
-	@echo "==> tests 2/3: the book from a clean tree, warnings are errors"
-	@$(MAKE) --no-print-directory book
+	@echo "==> tests 2/3: the book from a clean tree with profile smoke, warnings are errors"
+	@ARMADA_PROFILE=smoke $(MAKE) --no-print-directory book
 	@echo "==> tests 3/3: built pages, chapters under papermill"
 	$(BIN)/pytest -q -m slow
 

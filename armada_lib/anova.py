@@ -64,7 +64,11 @@ def readings(cells: pd.DataFrame) -> pd.DataFrame:
         if other in factors:
             found[f"all cells, with {other} and interaction"] = (cells, [factor, other])
         for reading, (table, by) in found.items():
-            line = anova(table, "gain", by, interaction="task" not in by).set_index("source").loc[factor]
+            line = (
+                anova(table, "gain", by, interaction="task" not in by)
+                .set_index("source")
+                .loc[factor]
+            )
             rows.append({
                 "factor": factor, "reading": reading, "rows": len(table),
                 "F": line["F"], "p": line["p"],

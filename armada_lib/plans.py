@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,6 +177,33 @@ def tuning(ns: dict[str, Any], block: str) -> Plan:
                             student=student, teacher=teacher, **given)
     }  # fmt: skip
     return Plan(name, teachers, [student], list(found.values()))
+
+
+BASELINE_PARAMETERS = (
+    "profile", "teacher", "student", "mentor", "tasks", "methods", "manifold", "seeds", "workers", "keep",
+)  # fmt: skip
+
+
+def baselines(ns: dict[str, Any]) -> Plan:
+    """Check the parameters of the chapter on baselines and make its specs: one student, one budget."""
+    got = chapter.params(ns, BASELINE_PARAMETERS)
+    name = profiles.default() if got["profile"] == "auto" else got["profile"]
+    p = profiles.load(name)
+    block = specs.baselines(p)
+    student = several(got["student"], [block.student], p.students, f"student (profile {name})")[0]
+    mentor = several(got["mentor"], [block.mentor], p.students, f"mentor (profile {name})")[0]
+    wanted = several(got["tasks"], block.tasks, task_table.TASKS, "task")
+    methods = _methods(got["methods"], block.methods)
+    manifold = check(got["manifold"], MANIFOLDS, "manifold loss")
+    seeds = _numbers(got["seeds"], block.seeds)
+    p.teacher(got["teacher"])
+    RunStore().check()
+    found: dict[str, RunSpec] = {}
+    for task, seed, method in itertools.product(wanted, seeds, methods):
+        s = specs.spec(name, task, method, student, got["teacher"], manifold, seed=seed,
+                       mentor=mentor)  # fmt: skip
+        found.setdefault(s.key, s)
+    return Plan(name, [got["teacher"]], [student], list(found.values()))
 
 
 TEACHER_PARAMETERS = ("profile", "teachers", "tasks", "workers")

@@ -108,10 +108,10 @@ def load(name: str) -> Profile:
     file that does not hold what a profile must hold.
     """
     check(name, names(), "profile")
-    path = folder() / f"{name}.yaml"
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path.name}: a profile is a mapping, got {type(raw).__name__}")
+    path, raw = folder() / f"{name}.yaml", _read(name)
+    if (cast := raw.pop("cast", None)) is not None:  # students and teachers of another profile
+        other = _read(check(cast, names(), f"cast of profile {name}"))
+        raw = {k: other.get(k, {}) for k in ("students", "teachers")} | raw
     for block in ("students", "teachers"):
         for key, entry in (raw.get(block) or {}).items():
             if isinstance(entry, dict):
@@ -122,6 +122,13 @@ def load(name: str) -> Profile:
         return Profile(name=name, **raw)
     except ValidationError as e:
         raise ValueError(_short(e, path.name)) from None
+
+
+def _read(name: str) -> dict[str, Any]:
+    raw = yaml.safe_load((folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ValueError(f"{name}.yaml: a profile is a mapping, got {type(raw).__name__}")
+    return raw
 
 
 def default() -> str:

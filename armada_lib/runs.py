@@ -21,7 +21,7 @@ from armada_lib.batching import Encoded
 from armada_lib.extraction import attach, extract, pool
 from armada_lib.gentasks import SUITES
 from armada_lib.methods import METHODS, Setting
-from armada_lib.results import Result, RunSpec, RunStore, environment
+from armada_lib.results import Result, RunSpec, RunStore, environment, peak_memory
 from armada_lib.specs import examples
 
 # -- one run -----------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def compute(
     """
     if s.task in SUITES:
         return tuning.compute(s, store, accelerator, progress)
-    began = time.perf_counter()
+    began, memory = time.perf_counter(), peak_memory()
     student, method, tr, ev, facts = build(s, store)
     _, held = examples(s)
     bf16 = s.training.precision == "bf16"
@@ -137,6 +137,7 @@ def compute(
         "steps": trained.steps,
         "train_seconds": round(trained.seconds, 2),
         "seconds": round(time.perf_counter() - began, 2),
+        "peak_memory": memory(),
     }
     return Result(
         s, held.task.metric, scores, outputs, held.labels, trained.curves, facts, environment()

@@ -280,7 +280,7 @@ class Baselines(Strict):
     """What the chapter on baselines runs when it is not told otherwise.
 
     `mentor` and `assistant` are names of students: the model that a baseline learns from, and the
-    one between mentor and student (TAKD). `weights`: one entry a method.
+    one between mentor and student (TAKD). `weights`: for a method whose own are not wanted.
     """
 
     student: str
@@ -289,7 +289,7 @@ class Baselines(Strict):
     tasks: list[str]
     methods: list[str]
     seeds: list[int]
-    weights: dict[str, Share]
+    weights: dict[str, Share] = {}
 
 
 class Tuning(Strict):

@@ -154,11 +154,10 @@ def _weights(
 
 
 def _shares(p: Profile, method: str, given: dict[str, float | None]) -> dict[str, float]:
-    """The weights that a baseline has, by the profile; what is given replaces them."""
-    weights = baselines(p).weights
-    if method not in weights:
-        raise ValueError(f"profile {p.name!r} gives no weights to {method!r} (baselines.weights)")
-    own = weights[method].model_dump(exclude_none=True)
+    """The weights that a baseline has; the profile's replace them, and what is given those."""
+    own = dict(METHODS[method].weights)
+    if change := baselines(p).weights.get(method):
+        own |= change.model_dump(exclude_none=True)
     return _checked(own | {k: given[k] for k in own if given[k] is not None})
 
 

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS
+from test_decoders import data as sequences_of
+from test_decoders import llama, spec  # noqa: F401  (a fixture)
 
 from armada_lib.batching import epoch
-from benchmarks import bench, overhead
+from benchmarks import bench, generation, overhead
 from benchmarks.common import Split, read
 from benchmarks.data import SHARES, _stretch
 from benchmarks.ours import Ours, training
@@ -142,3 +144,70 @@ def test_stretched_texts_have_the_lengths_asked_for(checkpoints, tmp_path):
     again, vocabulary = read(tmp_path / "x.npz")
     assert vocabulary.tolist() == [0, 1, 2] and again.labels.tolist() == made.labels.tolist()
     assert all(map(np.array_equal, again.tokens, made.tokens))
+
+
+def test_tuning_by_the_engine_and_by_trainer_is_the_same(llama):  # noqa: F811
+    """Same batches, no dropout: same losses and, to rounding, the same adapter afterwards."""
+    recipe = training("fp32", batch_size=8, student_lr=1e-2, clip=0.5)
+    ours, peer = (side(spec(llama), recipe) for side in (generation.Ours, generation.Peer))
+    adapter = lambda side: {
+        n: p.detach().clone() for n, p in side.model.named_parameters() if p.requires_grad
+    }
+    before, start, texts = adapter(ours), adapter(peer), sequences_of()
+    assert before.keys() == start.keys()
+    assert all(torch.equal(before[n], p) for n, p in start.items())
+    order = np.concatenate(list(epoch(texts, 8, 3, 0, packed=True)))
+    loss = peer.train(texts, order, 3)[2]
+    assert ours.train(texts, order, 3)[2] == pytest.approx(loss, abs=1e-5)
+    moved, found = adapter(ours), adapter(peer)
+    for n, p in found.items():
+        assert (p - start[n]).abs().max() > 5e-3
+        torch.testing.assert_close(moved[n], p, atol=1e-5, rtol=0)
+
+
+def test_a_tuning_benchmark_gives_both_sides_the_same_batches(llama, monkeypatch):  # noqa: F811
+    seen = {}
+
+    def train(side, given, order, seed):
+        texts = [given.tokens[i].tolist() for i in order]
+        seen.setdefault(type(side).__name__, []).append(texts)
+        return (2.0 if isinstance(side, generation.Peer) else 0.5) * len(texts), 1.0, 0.0
+
+    for side in (generation.Ours, generation.Peer):
+        monkeypatch.setattr(side, "train", train)
+    recipe = training("fp32", batch_size=8)
+    texts = sequences_of(200)
+    one = {"a": "dynamic"}
+    found = generation.tune(one, spec(llama), recipe, 3, 16, texts)
+    assert seen["Ours"] == seen["Peer"] and [len(t) for t in seen["Ours"]] == [8, 16, 16, 16]
+    assert found["a"][0] == pytest.approx([4.0] * 3) and "; fp32; " in found["a"][2]
+    del seen["Ours"], seen["Peer"]
+    generation.tune({"b": "grouped"}, spec(llama), recipe, 1, 16, texts)
+    lengths = np.array([len(t) for t in seen["Peer"][1]]).reshape(-1, 8)
+    assert (np.ptp(lengths, 1) <= 2).all()  # 25 batches in order of length, of 15 lengths
+    assert sorted(seen["Peer"][1]) != sorted(seen["Ours"][1])
+
+
+def test_texts_of_a_round_are_spread_as_in_the_set():
+    lengths = np.random.default_rng(0).lognormal(4, 0.6, 640).astype(int)
+    for seed in range(3):
+        single = lengths[generation.sample(lengths, 32, seed)]
+        batches = lengths[generation.grouped(lengths, 32, seed)]
+        assert single.mean() == pytest.approx(lengths.mean(), rel=0.05)
+        assert batches.mean() == pytest.approx(lengths.mean(), rel=0.15)
+    assert generation.examples(sequences_of(4), np.array([2]))[0]["labels"][0] == -100
+
+
+def test_an_answer_benchmark_compares_every_answer(llama, monkeypatch):  # noqa: F811
+    prompts = [" ".join(WORDS[i : i + 3 + i % 4]) for i in range(9)]
+    answered, real = [], generation._alone
+    monkeypatch.setattr(
+        generation, "_alone", lambda s, m, ids, n: answered.append(len(ids)) or real(s, m, ids, n)
+    )
+    values, unit, note = generation.answer(spec(llama), prompts, 6, 2)
+    assert len(values) == 2 and min(values) > 0 and unit == "times faster"
+    assert len(answered) == 1 + 9 and note.endswith("the same 9 answers")
+    wrong = lambda student, prompts, n: ["something else"] * len(prompts)
+    monkeypatch.setattr(generation.generation, "generate", wrong)
+    with pytest.raises(RuntimeError, match="'something else' in a batch"):
+        generation.answer(spec(llama), prompts, 6, 1)

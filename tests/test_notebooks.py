@@ -186,7 +186,7 @@ def test_the_readme_line_runs(tmp_path):
     line = next(c for c in commands("README.md") if c.startswith("papermill "))
     _, notebook, _, *options = shlex.split(line)
     out = tmp_path / "out.ipynb"
-    done = papermill(notebook, str(out), *options, "-p", "profile", "mini")
+    done = papermill(notebook, str(out), *options, "-p", "profile", "smoke")
     assert done.returncode == 0, done.stderr[-3000:]
     shown = [o for c in code(out) for o in c["outputs"]]
     assert any("verdict" in "".join(o.get("data", {}).get("text/markdown", "")) for o in shown)

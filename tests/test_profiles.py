@@ -50,10 +50,10 @@ def offline(monkeypatch, tmp_path):
 
 
 def test_the_three_scales_exist():
-    assert profiles.names() == ["cpu", "mini", "paper"]
+    assert profiles.names() == ["cpu", "mini", "paper", "smoke"]
 
 
-@pytest.mark.parametrize("name", ["cpu", "mini", "paper"])
+@pytest.mark.parametrize("name", ["cpu", "mini", "paper", "smoke"])
 def test_every_profile_loads_and_each_of_its_names_exists(name):
     p = profiles.load(name)
     assert p.name == name and p.about
@@ -123,6 +123,30 @@ def test_an_incomplete_profile_is_refused_by_name(tmp_path, monkeypatch, changes
         profiles.load("broken")
 
 
+def test_a_cast_is_taken_from_another_profile(tmp_path, monkeypatch):
+    mini = yaml.safe_load((profiles.folder() / "mini.yaml").read_text())
+    small = {k: v for k, v in mini.items() if k not in ("students", "teachers")} | {"cast": "mini"}
+    own = {"students": {"bert-6l": mini["students"]["bert-base"]}}
+    for name, raw in (
+        ("mini", mini),
+        ("small", small),
+        ("own", small | own),
+        ("lost", small | {"cast": "mimi"}),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+    monkeypatch.setattr(profiles, "folder", lambda: tmp_path)
+    profiles.load.cache_clear()
+    p = profiles.load("small")
+    assert p.students == profiles.load("mini").students
+    assert p.teachers == profiles.load("mini").teachers
+    with pytest.raises(
+        ValueError, match="unknown cast of profile lost 'mimi'; did you mean 'mini'"
+    ):
+        profiles.load("lost")
+    assert set(profiles.load("own").students) == {"bert-6l"}  # its own students are all it has
+    profiles.load.cache_clear()
+
+
 def test_the_papers_settings_are_the_papers():
     """Appendix C: learning rates, batch sizes, loss weights."""
     p = profiles.load("paper")
@@ -141,7 +165,7 @@ def test_the_papers_settings_are_the_papers():
 @pytest.mark.parametrize(
     "ask, message, valid",
     [
-        (lambda: profiles.load("mimi"), "unknown profile 'mimi'; did you mean 'mini'?", "cpu, mini, paper"),
+        (lambda: profiles.load("mimi"), "unknown profile 'mimi'; did you mean 'mini'?", "cpu, mini, paper, smoke"),
         (
             lambda: profiles.load("paper").student("bert-6"),
             "unknown student (profile paper) 'bert-6'; did you mean 'bert-6l'?",

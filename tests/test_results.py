@@ -365,3 +365,12 @@ def test_a_setting_added_later_leaves_old_keys_valid():
     fields = run_spec(training=Training(epochs=3)).model_dump()
     assert wider(**fields).key == before
     assert wider(**fields | {"other": "y"}).key != before
+
+
+def test_peak_memory_is_what_was_held_beyond_the_start():
+    memory = results.peak_memory()
+    assert (small := memory()) is None or small < 50
+    held = np.ones((100, 2**17))  # 100 MiB
+    assert small is None or 95 < memory() < 250
+    del held
+    assert small is None or memory() > 95

@@ -5,7 +5,8 @@ To add one: write a class with `losses` (see `base.Method`) and add an entry her
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from armada_lib.methods.armada import READINGS, Armada, Reading
@@ -33,6 +34,8 @@ class Entry(NamedTuple):
     # assistant (the mentor is distilled itself), branches (it was fine-tuned with the student's),
     # responses (its answers to the training prompts; only for students that generate)
     mentor: tuple[str, ...] = ()
+    # its alpha, beta, gamma, tau where a profile does not say otherwise: the source's, if it gives any
+    weights: Mapping[str, float] = MappingProxyType({})
 
 
 def _armada(setting: Setting, student: Student, **options: bool) -> Armada:
@@ -40,8 +43,14 @@ def _armada(setting: Setting, student: Student, **options: bool) -> Armada:
     return kind(setting, student, **options)
 
 
-def _baseline(build: Callable[[Setting, Student], Method], about: str, *mentor: str) -> Entry:
-    return Entry(build, about, distils=False, mentor=mentor)
+def _baseline(
+    build: Callable[[Setting, Student], Method], about: str, *mentor: str, **weights: float
+) -> Entry:
+    return Entry(build, about, distils=False, mentor=mentor, weights=weights)
+
+
+_HALF = {"alpha": 0.5, "tau": 5.0}  # as ARMADA's own, appendix C
+_PKD = _HALF | {"beta": 100.0}  # the authors' best runs: 8 to 500
 
 
 def _friendly(setting: Setting, student: Student) -> SFTNTeacher:
@@ -62,23 +71,36 @@ METHODS: dict[str, Entry] = {
         "control: the aligner stays at its random start",
         "real",
     ),
-    "kd": _baseline(KD, "the mentor's softened predictions", "logits"),
-    "pkd_skip": _baseline(PKD, "KD, and every second inner layer", "logits", "cls"),
+    "kd": _baseline(KD, "the mentor's softened predictions", "logits", **_HALF),
+    "pkd_skip": _baseline(PKD, "KD, and every second inner layer", "logits", "cls", **_PKD),
     "pkd_last": _baseline(
-        lambda s, m: PKD(s, m, last=True), "KD, and the last inner layers", "logits", "cls"
+        lambda s, m: PKD(s, m, last=True), "KD, and the last inner layers", "logits", "cls", **_PKD
     ),
     "tinybert": _baseline(TinyBERT, "attention and layers, then predictions", "logits", "model"),
-    "rco": _baseline(RCO, "KD from checkpoints of the mentor's way", "anchors"),
-    "takd": _baseline(KD, "KD from an assistant that the mentor distilled", "logits", "assistant"),
-    "dml": _baseline(DML, "two that learn from each other", "start"),
-    "prokt": _baseline(ProKT, "a teacher that stays near its student", "start"),
-    "sftn": _baseline(
-        KD, "KD from a mentor tuned with the student's branches", "logits", "branches"
+    "rco": _baseline(RCO, "KD from checkpoints of the mentor's way", "anchors", **_HALF),
+    "takd": _baseline(
+        KD, "KD from an assistant that the mentor distilled", "logits", "assistant", **_HALF
     ),
-    "sftn_mentor": _baseline(_friendly, "the first stage of sftn: that mentor", "start"),
-    "metadistil": _baseline(MetaDistil, "a teacher that learns to teach", "model"),
-    "continuation_kd": _baseline(ContinuationKD, "from damped logits to labels", "logits"),
-    "rail_kd": _baseline(Rail, "KD, and random inner layers", "logits", "means"),
+    "dml": _baseline(DML, "two that learn from each other", "start", alpha=1.0),
+    # the authors' weight for MNLI
+    "prokt": _baseline(ProKT, "a teacher that stays near its student", "start", alpha=0.4),
+    "sftn": _baseline(
+        KD, "KD from a mentor tuned with the student's branches", "logits", "branches", **_HALF
+    ),
+    "sftn_mentor": _baseline(
+        _friendly, "the first stage of sftn: that mentor", "start", beta=3.0, gamma=1.0, tau=1.0
+    ),
+    # the authors' script
+    "metadistil": _baseline(
+        MetaDistil, "a teacher that learns to teach", "model", alpha=0.5, beta=100.0, tau=5.0
+    ),
+    # tau is T_max; gamma the margin, which the source does not give
+    "continuation_kd": _baseline(
+        ContinuationKD, "from damped logits to labels", "logits", gamma=0.1, tau=10.0
+    ),
+    "rail_kd": _baseline(  # a third each
+        Rail, "KD, and random inner layers", "logits", "means", alpha=0.333, beta=0.333, tau=5.0
+    ),
     "seqkd": _baseline(Method, "the mentor's responses in the place of the data's", "responses"),
 }
 
