@@ -30,6 +30,9 @@ BENCHMARKS = {
     "memory_over_trainer": "memory",
     "store_vectors_per_second": "store",
     "extraction_overhead": "extraction",
+    "lm_tokens_vs_trainer_dynamic": "generation",
+    "lm_tokens_vs_trainer_grouped": "generation",
+    "generate_vs_batch1": "generation",
 }
 
 

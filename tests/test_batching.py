@@ -106,3 +106,23 @@ def test_packed_attention_without_its_packing_is_an_error():
     x = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="needs the batch's `packing`"):
         packed_attention(torch.nn.Module(), x, x, x, None)
+
+
+@pytest.mark.parametrize("heads, kv", [(4, 4), (6, 2)])
+def test_causal_attention_in_bf16_is_that_of_the_library(heads, kv):
+    """By matrix products on the CPU; values and gradients as of the kernel in fp32."""
+    from types import SimpleNamespace
+
+    torch.manual_seed(0)
+    packing, module = pack(np.array([7, 5, 5, 2])), SimpleNamespace(is_causal=True)
+    draw = lambda h: torch.randn(1, h, 19, 8)
+    whole = [draw(heads), draw(kv), draw(kv)]
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [x.detach().clone().to(dtype).requires_grad_() for x in whole]
+        out, _ = packed_attention(module, *given, None, scaling=0.3, packing=packing)
+        out.float().pow(2).sum().backward()
+        found[dtype] = [out, *(x.grad for x in given)]
+    for a, b in zip(*found.values(), strict=True):
+        assert b.dtype == torch.bfloat16
+        assert (a - b.float()).norm() / a.norm() < 0.02
