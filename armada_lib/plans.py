@@ -69,9 +69,15 @@ class Plan:
     specs: list[RunSpec]
 
     @property
+    def mentors(self) -> list[str]:
+        """The language models that some methods learn from."""
+        return list(dict.fromkeys(s.mentor for s in self.specs if s.mentor))
+
+    @property
     def said(self) -> str:
         p = profiles.load(self.profile)
         who = " | ".join(cast(p, s, self.teachers) for s in self.students)
+        who += "".join(f"; mentor {played(p.student(m))}" for m in self.mentors)
         return f"profile {self.profile}; {who}; {_seeds(len({s.seed for s in self.specs}))}"
 
     @property
@@ -92,6 +98,7 @@ class Plan:
             "profile": f"{self.profile} ({p.about})",
             "student": [played(p.student(s)) for s in self.students],
             "teacher": [played(p.teacher(t)) for t in self.teachers],
+            "mentor": [played(p.student(m)) for m in self.mentors] or None,
             "tasks": list(dict.fromkeys(report.title(s.task) for s in self.specs)),
             "test sets not at hand": self.absent or None,
             "seeds": sorted({s.seed for s in self.specs}),

@@ -93,3 +93,21 @@ def test_evidence_is_merged_by_key_and_read_back(tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text(text.replace('"seed": 0', '"seed": 5'))
     with pytest.raises(ValueError, match="line 1: the key does not belong"):
         plans.committed("x")
+
+
+def test_the_baselines_share_student_data_and_budget():
+    asked = dict(profile="smoke", teacher="sd14", student="auto", mentor="auto", tasks="cola",
+                 methods="kd,pkd_skip,armada", manifold="cosine", seeds=[3], workers=None, keep="")  # fmt: skip
+    plan = plans.baselines(dict(asked))
+    assert [s.method for s in plan.specs] == ["undistilled", "kd", "pkd_skip", "armada"]
+    for field in ("student", "student_id", "data_id", "training", "seed"):
+        assert len({str(getattr(s, field)) for s in plan.specs}) == 1, field
+    assert plan.mentors == ["bert-base"] and "mentor BERT-base (110M) played by" in plan.said
+    assert plan.specs[-1].manifold == "cosine" and plan.specs[-1].mentor is None
+    for change, message in (
+        ({"methods": "kdd"}, "unknown method 'kdd'; did you mean 'kd'"),
+        ({"mentor": "bert"}, "unknown mentor"),
+        ({"manifold": "cosin"}, "did you mean 'cosine'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plans.baselines(asked | change)
