@@ -11,10 +11,9 @@ import pandas as pd
 from scipy.stats import rankdata, studentized_range
 
 from armada_lib import report, stats
-from armada_lib.methods import TABLE_7
 from armada_lib.results import Result
 
-PRINTED = {method: name for name, method in TABLE_7.items()}
+NAMES = {"armada": "ARMADA", **report.BASELINES, **report.CONTROLS}
 
 
 def scoreboard(df: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
@@ -91,7 +90,7 @@ def costs(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
         if not facts.get("steps"):
             continue
         rows.append({
-            "method": PRINTED.get(spec.method, report.CONTROLS.get(spec.method, spec.method)),
+            "method": NAMES.get(spec.method, spec.method),
             "task": spec.task,
             "added": facts["branch_parameters"] + facts.get("method_parameters", 0),
             "step": facts["train_seconds"] / facts["steps"], "memory": facts.get("peak_memory"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import as_completed
 from functools import cached_property
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +26,7 @@ from armada_lib import encoding, specs
 from armada_lib.batching import Batch, Encoded
 from armada_lib.evaluation import EVAL_BATCH
 from armada_lib.extraction import pool
+from armada_lib.files import write_tensors
 from armada_lib.methods import METHODS
 from armada_lib.methods.base import texts
 from armada_lib.methods.layers import Watch
@@ -320,16 +319,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 def write(path: Path, tensors: dict[str, Tensor], m: RunSpec) -> None:
     """A file of run `m`'s mentor, complete or absent, with a digest of its contents."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     meta = {"digest": _digest(tensors), "mentor": m.key, "data": m.data_id}
-    try:
-        save_file(tensors, temporary, metadata=meta)
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except Exception as e:  # safetensors has its own error for a full disk
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {e}") from e
+    write_tensors(path, tensors, meta, f"a file of the mentor {m.student}")
 
 
 def read(path: Path, m: RunSpec) -> dict[str, Tensor]:

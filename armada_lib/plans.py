@@ -48,11 +48,17 @@ def played(spec: StudentSpec | TeacherSpec) -> str:
     return f"{name} played by {spec.note}" if spec.note else f"{name} ({spec.checkpoint})"
 
 
-def cast(profile: Profile, student: str, teachers: Iterable[str]) -> str:
-    """Who plays whom in a run: student, and teachers if there are any."""
-    return "; ".join(
-        [played(profile.student(student)), *(played(profile.teacher(t)) for t in teachers)]
-    )
+def cast(
+    profile: Profile, student: str, teachers: Iterable[str], mentors: Iterable[str] = ()
+) -> str:
+    """Who plays whom in a run: student, and teachers and mentors if there are any."""
+    who = [played(profile.student(student)), *(played(profile.teacher(t)) for t in teachers)]
+    return "; ".join([*who, *(f"mentor {played(profile.student(m))}" for m in mentors)])
+
+
+def _mentors(found: Iterable[RunSpec]) -> list[str]:
+    """The language models that some of these runs learn from."""
+    return list(dict.fromkeys(s.mentor for s in found if s.mentor))
 
 
 def _seeds(n: int) -> str:
@@ -71,13 +77,12 @@ class Plan:
     @property
     def mentors(self) -> list[str]:
         """The language models that some methods learn from."""
-        return list(dict.fromkeys(s.mentor for s in self.specs if s.mentor))
+        return _mentors(self.specs)
 
     @property
     def said(self) -> str:
         p = profiles.load(self.profile)
-        who = " | ".join(cast(p, s, self.teachers) for s in self.students)
-        who += "".join(f"; mentor {played(p.student(m))}" for m in self.mentors)
+        who = " | ".join(cast(p, s, self.teachers, self.mentors) for s in self.students)
         return f"profile {self.profile}; {who}; {_seeds(len({s.seed for s in self.specs}))}"
 
     @property
@@ -112,6 +117,11 @@ class Plan:
         return pd.concat(frames, ignore_index=True)
 
 
+def _profile(got: dict[str, Any]) -> tuple[str, Profile]:
+    name = profiles.default() if got["profile"] == "auto" else got["profile"]
+    return name, profiles.load(name)
+
+
 def _methods(value: Any, usual: Sequence[str]) -> list[str]:
     chosen = several(value, usual, METHODS, "method")
     # a gain needs what it is a gain over
@@ -132,8 +142,7 @@ def nlu(ns: dict[str, Any]) -> Plan:
     checkpoints that are missing, and a store that cannot be written to.
     """
     got = chapter.params(ns, NLU_PARAMETERS)
-    name = profiles.default() if got["profile"] == "auto" else got["profile"]
-    p = profiles.load(name)
+    name, p = _profile(got)
     p.teacher(got["teacher"])
     students = several(got["student"], [p.nlu.student], p.students, f"student (profile {name})")
     wanted = several(got["tasks"], p.nlu.tasks, task_table.TASKS, "task")
@@ -163,8 +172,7 @@ def tuning(ns: dict[str, Any], block: str) -> Plan:
     `block`: "reasoning" or "instruction", the part of the profile that says what "auto" means.
     """
     got = chapter.params(ns, TUNING_PARAMETERS)
-    name = profiles.default() if got["profile"] == "auto" else got["profile"]
-    p = profiles.load(name)
+    name, p = _profile(got)
     usual = getattr(p, block)
     if usual is None:
         raise ValueError(f"profile {name!r} has no block {block!r}")
@@ -194,8 +202,7 @@ BASELINE_PARAMETERS = (
 def baselines(ns: dict[str, Any]) -> Plan:
     """Check the parameters of the chapter on baselines and make its specs: one student, one budget."""
     got = chapter.params(ns, BASELINE_PARAMETERS)
-    name = profiles.default() if got["profile"] == "auto" else got["profile"]
-    p = profiles.load(name)
+    name, p = _profile(got)
     block = specs.baselines(p)
     student = several(got["student"], [block.student], p.students, f"student (profile {name})")[0]
     mentor = several(got["mentor"], [block.mentor], p.students, f"mentor (profile {name})")[0]
@@ -242,8 +249,7 @@ class Looks:
 def looks(ns: dict[str, Any]) -> Looks:
     """Check the parameters of the page on teachers; nothing is computed yet."""
     got = chapter.params(ns, TEACHER_PARAMETERS)
-    name = profiles.default() if got["profile"] == "auto" else got["profile"]
-    p = profiles.load(name)
+    name, p = _profile(got)
     chosen = several(got["teachers"], list(p.teachers), p.teachers, f"teacher (profile {name})")
     wanted = several(got["tasks"], LOOKED_AT, task_table.TASKS, "task")
     RunStore().check()
@@ -292,7 +298,9 @@ class Evidence:
             if counts.min() == counts.max()
             else f"{counts.min()} to {_seeds(counts.max())}"
         )
-        return f"profile {one.profile}; {cast(profiles.load(one.profile), one.student, self.teachers)}; {seeds}"
+        mentors = _mentors(r["spec"] for r in self.records)
+        who = cast(profiles.load(one.profile), one.student, self.teachers, mentors)
+        return f"profile {one.profile}; {who}; {seeds}"
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from armada_lib.files import write_tensors
 from armada_lib.methods import Method
 from armada_lib.students import Student
 
@@ -115,15 +114,7 @@ def save(
             tensors |= {f"b/{k}": v for k, v in run.best.items()}
         kept = {k: getattr(run, k) for k in KEPT}
         kept["rates"] = {n: o.rate.last_epoch for n, o in opts.items()}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata={"run": json.dumps(kept)})
-            with temporary.open("rb") as f:
-                os.fsync(f.fileno())
-            temporary.replace(path)
-        except Exception as e:  # safetensors has its own error for a full disk
-            temporary.unlink(missing_ok=True)
-            raise OSError(f"the state of this run could not be written to {path}: {e}") from e
+        write_tensors(path, tensors, {"run": json.dumps(kept)}, "the state of this run")
     acc.wait_for_everyone()
 
 

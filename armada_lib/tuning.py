@@ -19,13 +19,13 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from armada_lib import answers, decoders, engine, generation, gentasks, profiles, specs, state
 from armada_lib.answers import Item
 from armada_lib.decoders import Decoder
 from armada_lib.engine import Trained
 from armada_lib.extraction import attach
+from armada_lib.files import write_tensors
 from armada_lib.methods import METHODS, Method, Setting
 from armada_lib.results import Result, RunSpec, RunStore, environment
 from armada_lib.sequences import Sequences, sequences
@@ -40,9 +40,9 @@ def build(s: RunSpec, store: RunStore) -> tuple[Decoder, Method, Sequences, dict
     width = p.teacher(s.teacher).width if s.teacher and entry.vectors else None
     student = decoders.load(p.student(s.student), width or 1, s.seed, t.dropout, t.precision)
     for items in suite.tests.values():  # a question too long is named before anything is trained
-        generation.tokens(student, _prompts(s, student, items), _room(s))
+        generation.tokens(student, _prompts(s, student.tokenizer, items), _room(s))
     items = _responses(s, store) if s.mentor else suite.train
-    prompts = [student.prompt_ids(p) for p in _prompts(s, student, items)]
+    prompts = [student.prompt_ids(p) for p in _prompts(s, student.tokenizer, items)]
     fits = [n for n, ids in enumerate(prompts) if len(ids) < t.max_length]
     if not fits:
         raise ValueError(
@@ -85,23 +85,36 @@ def _responses(s: RunSpec, store: RunStore) -> list[Item]:
     m = specs.mentor_of(s)
     home, items = store.root / "mentors" / m.key, specs.suite(s).train
     with store.lock(f"mentor-{m.key}"):
-        mentor, method, data, _ = build(m, store)
-        _trained(
-            home / "trained.safetensors", mentor, method,
-            lambda: engine.train(mentor, method, data, m.training, m.seed, state=home / "state", probes=0),
-        )  # fmt: skip
-        said = generation.generate(
-            mentor, _prompts(m, mentor, items), _room(m), home / "responses.jsonl",
-            bf16=m.training.precision == "bf16",
-        )  # fmt: skip
+        said = _kept(m, items, home / "responses.jsonl")
+        if said is None:
+            mentor, method, data, _ = build(m, store)
+            _trained(
+                home / "trained.safetensors", mentor, method,
+                lambda: engine.train(
+                    mentor, method, data, m.training, m.seed,
+                    state=store.state(f"mentor-{m.key}"), probes=0,
+                ),
+            )  # fmt: skip
+            said = generation.generate(
+                mentor, _prompts(m, mentor.tokenizer, items), _room(m), home / "responses.jsonl",
+                bf16=m.training.precision == "bf16",
+            )  # fmt: skip
     found = [replace(i, response=answers.cut(r)) for i, r in zip(items, said, strict=True)]
     if not (left := [i for i in found if i.response]):
         raise ValueError(f"{s.label}: the mentor {m.student} answered none of the training prompts")
     return left
 
 
-def _prompts(s: RunSpec, student: Decoder, items: list[Item]) -> list[str]:
-    return [answers.prompt(i, s.training.template or "alpaca", student.tokenizer) for i in items]
+def _prompts(s: RunSpec, tokenizer: Any, items: list[Item]) -> list[str]:
+    return [answers.prompt(i, s.training.template or "alpaca", tokenizer) for i in items]
+
+
+def _kept(s: RunSpec, items: list[Item], path: Path, seed: int | None = None) -> list[str] | None:
+    """What a file holds of the answers to these items; None if one is missing."""
+    known = generation.kept_answers(path)
+    tokenizer = decoders.load_tokenizer(profiles.load(s.profile).student(s.student))
+    names = [generation.name(n, p, seed) for n, p in enumerate(_prompts(s, tokenizer, items))]
+    return [known[n] for n in names] if known.keys() >= set(names) else None
 
 
 def _room(s: RunSpec) -> int:
@@ -159,7 +172,7 @@ def answer(
     progress: bool = False,
 ) -> list[list[str]]:
     """The student's answers to test items by the protocol of the run: one list, or one a sample."""
-    bf16, prompts = s.training.precision == "bf16", _prompts(s, student, items)
+    bf16, prompts = s.training.precision == "bf16", _prompts(s, student.tokenizer, items)
     if s.training.protocol == "likelihood":
         options = [answers.candidates(i) for i in items]
         return [generation.choose(student, prompts, options, kept, bf16=bf16, progress=progress)]
@@ -179,14 +192,13 @@ def said(s: RunSpec, store: RunStore) -> dict[str, list[str]]:
 
     Raises FileNotFoundError if they are gone.
     """
-    found, tokenizer = {}, decoders.load_tokenizer(profiles.load(s.profile).student(s.student))
+    found = {}
     for name, items in specs.suite(s).tests.items():
         path = store.root / "answers" / s.key / f"{name}.jsonl"
-        if not path.exists():
+        known = _kept(s, items, path, _samples(s)[0])
+        if known is None:
             raise FileNotFoundError(f"{path}: the answers of this run are not in the store")
-        known = generation.kept_answers(path)
-        prompts = [answers.prompt(i, s.training.template or "alpaca", tokenizer) for i in items]
-        found[name] = [known[generation.name(n, p, _samples(s)[0])] for n, p in enumerate(prompts)]
+        found[name] = known
     return found
 
 
@@ -225,7 +237,5 @@ def _trained(path: Path, student: Decoder, method: Method, train: Callable[[], T
     tensors = {f"w/{k}": v.detach().cpu().contiguous() for k, v in state.weights(student, method)}
     tensors |= {f"c/{k}": torch.from_numpy(v) for k, v in found.curves.items()}
     rest = {k: getattr(found, k) for k in ("epochs", "seconds", "steps", "diagnostics")}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"rest": json.dumps(rest)})
-    temporary.replace(path)
+    write_tensors(path, tensors, {"rest": json.dumps(rest)}, "the trained weights")
     return found

@@ -7,8 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_tinybert import KINDS, OUT, alike, killed_and_resumed
-from tiny import WIDTH, rows, same, setting, weights
+from test_tinybert import KINDS, OUT
+from tiny import WIDTH, alike, killed_and_resumed, rows, same, setting, weights
 
 from armada_lib import engine, evaluation, losses, students
 from armada_lib.batching import Encoded

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tinybert import alike, killed_and_resumed
 from test_visual import CHANNELS, CLOSE, PICTURE, batch_of, learns, make
-from tiny import same, setting, weights
+from tiny import alike, killed_and_resumed, same, setting, weights
 from transformers import VisualBertConfig, VisualBertModel
 
 from armada_lib import engine, evaluation, losses

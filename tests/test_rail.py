@@ -5,18 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_tinybert import (
-    KINDS,
-    Mentor,
-    alike,
-    batch_of,
-    inside,
-    killed_and_resumed,
-    make,
-    network,
-    said,
-)
-from tiny import same, setting, weights
+from test_tinybert import KINDS, Mentor, batch_of, inside, make, network, said
+from tiny import alike, killed_and_resumed, same, setting, weights
 
 from armada_lib import engine
 from armada_lib.methods import Method

@@ -7,8 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_tinybert import KINDS, alike, batch_of, killed_and_resumed, network
-from tiny import rows, same, setting, weights
+from test_tinybert import KINDS, batch_of, network
+from tiny import alike, killed_and_resumed, rows, same, setting, weights
 
 from armada_lib import engine, evaluation, losses
 from armada_lib.methods import Method

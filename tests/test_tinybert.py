@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from tiny import rows, same, setting, weights
+from tiny import alike, killed_and_resumed, rows, same, setting, weights
 from torch import Tensor
 
 from armada_lib import engine, evaluation, losses, students
@@ -242,35 +242,6 @@ def test_the_engine_trains_both_steps_and_leaves_a_plain_student(checkpoints, ki
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
     assert student.early
     assert list(evaluation.predict(student, method, data, bf16=False)) == ["student"]
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_and_resumed(build, monkeypatch, state, at):
-    """(whole run, resumed run), each (student, method, Trained); `build()` makes the first three."""
-    run = lambda s, m, d, **kw: (s, m, engine.train(s, m, d, m.setting.training, 0, **kw))
-    whole = run(*build())
-    save = engine.save
-
-    def save_and_die(acc, path, student, method, optimisers, progress):
-        save(acc, path, student, method, optimisers, progress)
-        if progress.step >= at:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "save", save_and_die)
-        with pytest.raises(Killed):
-            run(*build(), state=state, save_every=0.0)
-    assert state.exists()
-    return whole, run(*build(), state=state, save_every=0.0)
-
-
-def alike(whole, resumed):
-    assert same(weights(whole[0]), weights(resumed[0]))
-    for name, curve in whole[2].curves.items():
-        np.testing.assert_array_equal(curve, resumed[2].curves[name])
 
 
 @pytest.mark.parametrize("at", [3, 6, 11])

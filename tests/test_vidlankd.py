@@ -7,8 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_tinybert import alike, killed_and_resumed
-from tiny import WIDTH, rows, same, setting, weights
+from tiny import WIDTH, alike, killed_and_resumed, rows, same, setting, weights
 
 from armada_lib import engine, evaluation, losses, students
 from armada_lib.batching import Encoded

@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_pretraining import head, plain, texts_of, word_loss
-from test_tinybert import alike, killed_and_resumed
 from test_visual import CLOSE, batch_of, learns, make
-from tiny import same, setting, weights
+from tiny import alike, killed_and_resumed, same, setting, weights
 
 from armada_lib import engine, evaluation, losses
 from armada_lib.methods import Method, visual

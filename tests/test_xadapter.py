@@ -8,8 +8,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_tinybert import OUT, alike, killed_and_resumed
-from tiny import WIDTH, rows, same, setting, weights
+from test_tinybert import OUT
+from tiny import WIDTH, alike, killed_and_resumed, rows, same, setting, weights
 from transformers import AutoModel, AutoTokenizer
 
 from armada_lib import engine, evaluation, losses, students

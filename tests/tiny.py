@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from armada_lib import engine, students
@@ -80,6 +81,35 @@ def weights(module) -> dict[str, torch.Tensor]:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_and_resumed(build, monkeypatch, state, at):
+    """(whole run, resumed run), each (student, method, Trained); `build()` makes the first three."""
+    run = lambda s, m, d, **kw: (s, m, engine.train(s, m, d, m.setting.training, 0, **kw))
+    whole = run(*build())
+    save = engine.save
+
+    def save_and_die(acc, path, student, method, optimisers, progress):
+        save(acc, path, student, method, optimisers, progress)
+        if progress.step >= at:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "save", save_and_die)
+        with pytest.raises(Killed):
+            run(*build(), state=state, save_every=0.0)
+    assert state.exists()
+    return whole, run(*build(), state=state, save_every=0.0)
+
+
+def alike(whole, resumed):
+    assert same(weights(whole[0]), weights(resumed[0]))
+    for name, curve in whole[2].curves.items():
+        np.testing.assert_array_equal(curve, resumed[2].curves[name])
 
 
 def main(checkpoint: str, out: str, manifold: str, batch: str) -> None:

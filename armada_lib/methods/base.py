@@ -131,10 +131,14 @@ class Method:
         that partner's gradients over processes, clips them, steps and clears; it returns their norm.
         """
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The precision of the student's forward, for what a method computes beside it."""
+        bf16 = self.setting.training.precision == "bf16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
     def forward(self, partner: nn.Module, inputs: dict[str, Any]) -> StudentOutput:
         """A partner's output, in the precision of the student's."""
-        bf16 = self.setting.training.precision == "bf16"
-        with torch.autocast(next(partner.parameters()).device.type, torch.bfloat16, enabled=bf16):
+        with self.autocast(next(partner.parameters()).device):
             return partner(inputs)
 
     def losses(

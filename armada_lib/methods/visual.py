@@ -158,6 +158,18 @@ class MLMHead(nn.Module):
         return mean_loss(F.cross_entropy, self(states[chosen], table), ids[chosen])
 
 
+def masked_words(
+    encoder: Any, words: MLMHead, inputs: dict[str, Any], special: Tensor, mask: int
+) -> tuple[Tensor, Tensor]:
+    """(loss of masked words, token vectors (1, T, d) or (b, t, d)) of an encoder that reads `inputs`."""
+    ids, table = inputs["input_ids"], encoder.get_input_embeddings().weight
+    read, chosen = mask_tokens(ids, special, mask, len(table))
+    if (there := inputs.get("attention_mask")) is not None:
+        chosen = chosen & there.bool()
+    states = encoder(**(inputs | {"input_ids": read})).last_hidden_state
+    return words.loss(states, ids, chosen, table), states
+
+
 def mean_loss(loss: Any, found: Tensor, wanted: Tensor) -> Tensor:
     """`loss` as a mean over rows, in float32; 0, with a gradient of zeros, if there are no rows."""
     return loss(found.float(), wanted, reduction="sum") / max(1, wanted.numel())
@@ -270,22 +282,13 @@ class Stage(Method):
     def learning_rate(self, part: str) -> float:
         return self.setting.training.student_lr
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """The precision of the student's forward."""
-        bf16 = self.setting.training.precision == "bf16"
-        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
     def masked(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """`mask_tokens` over this student's vocabulary."""
         return mask_tokens(ids, self.special, self.mask, self.vocabulary)
 
     def masked_words(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(loss of masked words with no picture in sight, token vectors (1, T, d) or (b, t, d))."""
-        read, chosen = self.masked(inputs["input_ids"])
-        states = self.encoder(**(inputs | {"input_ids": read})).last_hidden_state
-        if (mask := inputs.get("attention_mask")) is not None:
-            chosen = chosen & mask.bool()
-        return self.words.loss(states, inputs["input_ids"], chosen, self.table), states
+        return masked_words(self.encoder, self.words, inputs, self.special, self.mask)
 
     def pictures(self, batch: Batch) -> Tensor:
         """(n, m) float32; ValueError if the texts have none."""

@@ -29,7 +29,7 @@ from armada_lib.methods.visual import (
     MLMHead,
     init,
     mask_id,
-    mask_tokens,
+    masked_words,
     regions,
     slots,
     special_ids,
@@ -294,14 +294,9 @@ class XAdapter(Method):
         if phase != "aligner":
             return super().losses(batch, out, phase, centroid)
         inputs = self.inputs(batch)
-        ids = inputs["input_ids"]
-        read, chosen = mask_tokens(ids, self.special, self.mask, len(self.table))
-        if "attention_mask" in inputs:
-            chosen = chosen & inputs["attention_mask"].bool()
-        bf16 = self.setting.training.precision == "bf16"
-        with frozen(self.student), torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
-            states = self.encoder(**(inputs | {"input_ids": read})).last_hidden_state
-            return {"words": self.words.loss(states, ids, chosen, self.table)}
+        with frozen(self.student), self.autocast(inputs["input_ids"].device):
+            words, _ = masked_words(self.encoder, self.words, inputs, self.special, self.mask)
+            return {"words": words}
 
     def finish(self) -> None:
         """The adapters go to the student, with which they stay."""
