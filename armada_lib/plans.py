@@ -292,7 +292,8 @@ class Evidence:
     @property
     def said(self) -> str:
         one: RunSpec = self.records[0]["spec"]
-        counts = self.frame.groupby("task")["seed"].nunique()
+        # by arm: a task's seeds are no seeds of an arm that has run with one of them
+        counts = report.arms(self.frame).groupby(["task", "arm"])["seed"].nunique()
         seeds = (
             _seeds(counts.max())
             if counts.min() == counts.max()
