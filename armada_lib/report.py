@@ -68,14 +68,22 @@ def table(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
 
 
 def arm(row: Any) -> str:
-    """The name of a run's arm: method, loss, reading if not the paper's, beta if not the usual."""
+    """The name of a run's arm: method, loss, reading if not the paper's, beta if not the usual.
+
+    A control's loss is Euclid unless it is named.
+    """
     if row.method == "undistilled" or row.method in BASELINES:
         return BASELINES.get(row.method, row.method)
     name = (
         CONTROLS.get(row.method)
         or f"ARMADA {LOSS[row.manifold] if row.manifold else 'no manifold loss'}"
     )
-    extra = ["released"] if row.reading == "released" else []
+    extra = (
+        [row.manifold]
+        if row.method in CONTROLS and row.manifold in ("cosine", "elementwise")
+        else []
+    )
+    extra += ["released"] if row.reading == "released" else []
     extra += [] if row.usual_beta else [f"β = {row.beta:g}"]
     return f"{name} ({', '.join(extra)})" if extra else name
 
@@ -243,13 +251,17 @@ def judge(
 ) -> tuple[str, str]:
     """(outcome, sentence) by the chapter's criterion, for the arms in `names`.
 
+    The control of an arm is the one with its manifold loss where that was run, else `control`.
+
     Reproduced: for every named arm the mean gain over tasks is above zero with its whole interval,
     over undistilled and over the control. Direction agrees: every mean is above zero over both.
     Undecided: fewer than three seeds. Otherwise not reproduced.
     """
-    parts, sure, positive, seeds = [], True, True, []
+    parts, sure, positive, seeds, ran = [], True, True, [], set(arms(df)["arm"])
     for name in names:
-        over, beside = average(df, name), average(df, name, control)
+        own = next((f"{control} ({m})" for m, said in LOSS.items() if said in name), control)
+        beside_it = own if own in ran else control
+        over, beside = average(df, name), average(df, name, beside_it)
         if not beside["n"]:
             return "undecided", f"No run of the {control} stands beside {name}."
         for x in (over, beside):
@@ -258,7 +270,7 @@ def judge(
             seeds.append(x["n"])
         parts.append(
             f"{name}: {_signed(over['mean'])}{interval(over['low'], over['high'])} over undistilled, "
-            f"{_signed(beside['mean'])}{interval(beside['low'], beside['high'])} over the {control}"
+            f"{_signed(beside['mean'])}{interval(beside['low'], beside['high'])} over the {beside_it}"
         )
     text = "Mean over tasks, in points: " + "; ".join(parts) + "."
     if not seeds or min(seeds) < 3:

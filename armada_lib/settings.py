@@ -253,13 +253,14 @@ class Training(Strict):
 
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Loss = Literal["cosine", "euclid", "elementwise"]
 
 
 class Weights(Strict):
     """alpha, beta, gamma and tau of Eq. 2 and the total loss; beta may differ by manifold loss."""
 
     alpha: float = Field(0.5, ge=0, le=1, allow_inf_nan=False)
-    beta: Amount | dict[Literal["cosine", "euclid", "elementwise"], Amount] = 1.0
+    beta: Amount | dict[Loss, Amount] = 1.0
     gamma: Amount = 1.0
     tau: float = Field(5.0, gt=0, allow_inf_nan=False)
 
@@ -303,7 +304,8 @@ class Tuning(Strict):
     suites: list[str]
     teachers: list[str]
     methods: list[str]
-    manifolds: list[Literal["cosine", "euclid", "elementwise"]]
+    manifolds: list[Loss]
+    controls: list[Loss] = ["euclid"]  # the manifold losses that the controls use
     seeds: list[int]
 
 
@@ -313,6 +315,7 @@ class Nlu(Strict):
     student: str
     tasks: list[str]
     methods: list[str]
-    manifolds: list[Literal["cosine", "euclid", "elementwise"]]
+    manifolds: list[Loss]
+    controls: list[Loss] = ["euclid"]  # the manifold losses that the controls use
     readings: list[Literal["paper", "released"]]
     seeds: list[int]

@@ -179,19 +179,20 @@ def grid(
     manifolds: Sequence[str] = MANIFOLDS,
     readings: Sequence[str] = ("paper",),
     seeds: Sequence[int] = (0,),
-    control_manifold: str = "euclid",
+    controls: Sequence[str] = ("euclid",),
     **common: Any,
 ) -> list[RunSpec]:
-    """All combinations, each once; `common` goes to `spec`. Controls use one manifold loss."""
+    """All combinations, each once; `common` goes to `spec`. `controls`: the manifold losses of controls."""
     for values, valid, what in (
         (methods, METHODS, "method"),
         (manifolds, MANIFOLDS, "manifold loss"),
+        (controls, MANIFOLDS, "manifold loss"),
     ):
         for v in values:
             profiles.check(v, valid, what)
     found: dict[str, RunSpec] = {}
     for task, seed, method in itertools.product(tasks, seeds, methods):
-        losses = manifolds if method == "armada" else (control_manifold,)
+        losses = manifolds if method == "armada" else controls
         for reading, manifold in itertools.product(readings, losses):
             s = spec(profile, task, method, manifold=manifold, reading=reading, seed=seed, **common)
             found.setdefault(s.key, s)

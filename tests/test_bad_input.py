@@ -123,7 +123,7 @@ def test_a_misspelt_name_is_answered_with_the_valid_ones(tiny, case):
         (dict(methods=["undistilled", "armda"]), "unknown method 'armda'"),
         (dict(manifolds=["cosine", "euclidean"]), "unknown manifold loss 'euclidean'"),
         (dict(readings=["paper", "papr"]), "unknown reading 'papr'"),
-        (dict(control_manifold="eucl"), "unknown manifold loss 'eucl'"),
+        (dict(controls=["eucl"]), "unknown manifold loss 'eucl'"),
         (dict(seeds=[0, -1]), "seed must be an integer of 0 or more, got -1"),
         (dict(epoch=1), "unknown training setting 'epoch'"),
         (dict(teacher="sd41"), "unknown teacher"),

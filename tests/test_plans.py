@@ -72,7 +72,7 @@ def test_the_run_line_names_the_stand_ins(capsys):
 def test_evidence_is_merged_by_key_and_read_back(tmp_path, monkeypatch):
     import numpy as np
 
-    monkeypatch.setattr(plans, "folder", lambda: tmp_path)
+    monkeypatch.setattr(plans.evidence, "folder", lambda: tmp_path)
     spec = plans.nlu(given(tasks="cola", methods="undistilled", seeds="0,1")).specs
     facts = {"behaviour": {"collapsed": False}, "evaluation": 2, "seconds": 60.0}
     env = {"gpu": None, "cpu": "c", "torch": "t"}

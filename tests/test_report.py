@@ -61,6 +61,16 @@ def test_the_verdict_follows_its_criterion(df, outcome):
     assert got == outcome, text
 
 
+def test_a_loss_is_judged_beside_the_control_with_the_same_loss():
+    own = study(0.0, control=3.0).query("method == 'shuffled'").assign(manifold="cosine")
+    df = pd.concat([study(3.0), own])
+    assert "shuffled teacher (cosine)" in set(report.arms(df)["arm"])
+    outcome, text = report.judge(df, LOSSES)
+    assert outcome == "not reproduced"
+    assert text.count("over the shuffled teacher (cosine)") == 1
+    assert text.count("over the shuffled teacher") == 3
+
+
 def test_differences_are_paired_by_seed_and_use_shared_seeds_only():
     rows = [("cola", "undistilled", None, s, v) for s, v in ((0, 10), (1, 20), (2, 30))]
     rows += [("cola", "armada", "euclid", s, v) for s, v in ((2, 33), (0, 11), (1, 22), (7, 99))]

@@ -1,0 +1,85 @@
+"""Committed evidence: runs in `book/results/<name>.jsonl`, written and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from armada_lib import profiles, report, results
+from armada_lib.plans.common import cast, mentors_of, seeds_said
+from armada_lib.profiles import check
+from armada_lib.results import Result, RunSpec
+
+
+def folder() -> Path:
+    """Where evidence is committed."""
+    return profiles.ROOT / "book" / "results"
+
+
+def keep(found: Iterable[Result], name: str) -> Path:
+    """Add Results to `book/results/<name>.jsonl`, one line a run; a run already there is replaced."""
+    path = folder() / f"{name}.jsonl"
+    old = {r["key"]: r for r in results.read(path)} if path.exists() else {}
+    results.export([*old.values(), *found], path)
+    return path
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Committed runs, as records and as the frame of `report.table`."""
+
+    name: str
+    records: list[dict[str, Any]]
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        return report.table(self.records)
+
+    @property
+    def teachers(self) -> list[str]:
+        """Whose vectors were used, in the profile's order."""
+        used = {r["spec"].teacher for r in self.records}
+        return [t for t in profiles.load(self.records[0]["spec"].profile).teachers if t in used]
+
+    @property
+    def said(self) -> str:
+        one: RunSpec = self.records[0]["spec"]
+        # by arm: a task's seeds are no seeds of an arm that has run with one of them
+        counts = report.arms(self.frame).groupby(["task", "arm"])["seed"].nunique()
+        seeds = (
+            seeds_said(counts.max())
+            if counts.min() == counts.max()
+            else f"{counts.min()} to {seeds_said(counts.max())}"
+        )
+        mentors = mentors_of(r["spec"] for r in self.records)
+        who = cast(profiles.load(one.profile), one.student, self.teachers, mentors)
+        return f"profile {one.profile}; {who}; {seeds}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a run line: what was run, on what, at which cost."""
+        done = [r["spec"] for r in self.records]
+        seconds = sum(r["facts"]["seconds"] for r in self.records)
+        return {
+            "evidence": f"book/results/{self.name}.jsonl",
+            "runs": len(done),
+            "tasks": list(dict.fromkeys(report.title(s.task) for s in done)),
+            "seeds": sorted({s.seed for s in done}),
+            "precision": sorted({s.training.precision for s in done}),
+            "processor": sorted(
+                {r["environment"]["gpu"] or r["environment"]["cpu"] for r in self.records}
+            ),
+            "torch": sorted({r["environment"]["torch"] for r in self.records}),
+            "minutes": round(seconds / 60),
+        }
+
+
+def committed(name: str) -> Evidence:
+    """Evidence in `book/results/<name>.jsonl`; `profiles.Unknown` lists what there is."""
+    check(name, [p.stem for p in folder().glob("*.jsonl")], "evidence in book/results")
+    return Evidence(name, results.read(folder() / f"{name}.jsonl"))
