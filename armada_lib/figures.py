@@ -152,7 +152,9 @@ def gains(
         most, f"mean and {level:.0%} interval over seeds"
     )
     ax.set_xlabel(f"gain over {baseline} ({unit}); {shown}")
-    figure.legend(loc="outside upper left", ncols=min(4, rows), frameon=False)
+    # a legend wider than the axes would shrink the whole figure on the page
+    across = 4 if max(map(len, ax.get_legend_handles_labels()[1]), default=0) < 22 else 2
+    figure.legend(loc="outside upper left", ncols=min(across, rows), frameon=False)
     return figure
 
 
