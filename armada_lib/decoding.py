@@ -7,7 +7,7 @@ room for the answers from the start, and answers that have ended leave the batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,8 +150,8 @@ def prefill(model: Any, texts: Sequence[np.ndarray], more: int) -> tuple[Dynamic
 
 def decode(
     model: Any, texts: Sequence[np.ndarray], new_tokens: int, ends: set[int], pick: Pick
-) -> list[list[int]]:
-    """At most `new_tokens` tokens after each text, up to one of `ends`, which is left out.
+) -> Iterator[tuple[int, list[int]]]:
+    """(row, its answer) as each ends: at most `new_tokens` tokens, up to one of `ends`, left out.
 
     `model`: a causal model of transformers; `texts`: token ids, none empty; `pick`: chooses each
     row's next token.
@@ -170,9 +170,11 @@ def decode(
     for step in range(new_tokens):
         token = pick(logits, rows)
         for k, (row, x) in enumerate(zip(rows, token.tolist(), strict=True)):
-            going[k] &= x not in ends
-            if going[k]:
+            if going[k] and x not in ends:
                 said[row].append(x)
+            elif going[k]:
+                going[k] = False
+                yield row, said[row]
         if step + 1 == new_tokens or not any(going):
             break
         if sum(going) <= (1 - LEAVE) * len(going):
@@ -186,4 +188,6 @@ def decode(
             position_ids=position[:, None], past_key_values=cache, use_cache=True,
         ).logits[:, -1]  # fmt: skip
         position = position + 1
-    return said
+    for row, g in zip(rows, going, strict=True):
+        if g:
+            yield row, said[row]

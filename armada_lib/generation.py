@@ -79,7 +79,7 @@ def generate(
 ) -> list[str]:
     """The student's answer to every prompt, greedy, or sampled where `seed` is given.
 
-    `kept`: a file to which every finished batch is appended, and from which a killed call goes on.
+    `kept`: a file to which every answer is appended as it ends, and from which a killed call goes on.
     Raises ValueError for prompts that are empty or too long, before any is answered.
     """
     ids, student = tokens(student, prompts, new_tokens), student.eval()
@@ -88,11 +88,11 @@ def generate(
     with _plain(student) as model:
         ends = _ends(model, student.tokenizer)
 
-        def answer(part: list[int]) -> list[str]:
+        def answer(part: list[int]) -> Iterator[tuple[int, str]]:
             pick = greedy if seed is None else Gumbel([_fold(names[i]) for i in part], temperature)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                said = decode(model, [ids[i] for i in part], new_tokens, ends, pick)
-            return student.tokenizer.batch_decode(said, skip_special_tokens=True)
+                for row, said in decode(model, [ids[i] for i in part], new_tokens, ends, pick):
+                    yield part[row], student.tokenizer.decode(said, skip_special_tokens=True)
 
         return _resumed(names, [len(x) for x in ids], answer, kept, batch_size, progress)
 
@@ -108,12 +108,12 @@ def choose(
 ) -> list[str]:
     """For every prompt the choice of highest mean log-probability a token; resumed from `kept`."""
 
-    def answer(part: list[int]) -> list[str]:
+    def answer(part: list[int]) -> Iterator[tuple[int, str]]:
         found = likelihoods(
             student, [prompts[i] for i in part], [choices[i] for i in part], bf16=bf16
         )
-        best = [answers.pick(list(total), list(n), normalise=True) for total, n in found]
-        return [choices[i][k] for i, k in zip(part, best, strict=True)]
+        for i, (total, n) in zip(part, found, strict=True):
+            yield i, choices[i][answers.pick(list(total), list(n), normalise=True)]
 
     names = [name(i, p, None) for i, p in enumerate(prompts)]
     return _resumed(names, [len(p) for p in prompts], answer, kept, batch_size, progress)
@@ -122,7 +122,7 @@ def choose(
 def _resumed(
     names: list[str],
     lengths: list[int],
-    answer: Callable[[list[int]], list[str]],
+    answer: Callable[[list[int]], Iterator[tuple[int, str]]],
     kept: Path | None,
     batch_size: int,
     progress: bool,
@@ -134,12 +134,11 @@ def _resumed(
         total=len(names), initial=len(names) - len(todo), desc="answers", disable=not progress
     ) as bar:
         for at in range(0, len(todo), batch_size):
-            part = todo[at : at + batch_size]
-            new = {names[i]: text for i, text in zip(part, answer(part), strict=True)}
-            done |= new
-            if kept:
-                _append(kept, new)
-            bar.update(len(part))
+            for i, text in answer(todo[at : at + batch_size]):
+                done[names[i]] = text
+                if kept:
+                    _append(kept, names[i], text)
+                bar.update()
     return [done[n] for n in names]
 
 
@@ -232,10 +231,10 @@ def kept_answers(path: Path) -> dict[str, str]:
     return found
 
 
-def _append(path: Path, new: dict[str, str]) -> None:
+def _append(path: Path, name: str, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as f:
-        f.write(("\n" if torn else "") + "".join(json.dumps(x) + "\n" for x in new.items()))
+    with path.open("a+b") as f:
+        torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
+        f.write(("\n" if torn else "").encode() + json.dumps([name, text]).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())

@@ -113,8 +113,8 @@ def test_seqkd_is_tuned_on_the_mentors_responses(own, monkeypatch):
     home = store.root / "mentors" / specs.mentor_of(s).key
     real, calls = tuning.generation._append, []
 
-    def dies(path, new):
-        real(path, new)
+    def dies(path, *answer):
+        real(path, *answer)
         calls.append(path.name)
         raise KeyboardInterrupt
 
@@ -172,6 +172,17 @@ def test_examples_are_the_first_items_that_score_differently(own, monkeypatch):
     found = tuning.examples(a, b, store, each=1)
     assert found["question"].tolist() == [items[2].teacher_text]
     assert found["after"].tolist() == [tuning.answers.cut(said[b.key]["multiarith"][2])]
+
+
+def test_the_constant_teacher_serves_students_that_generate(own, tmp_path):
+    s = make("constant")
+    assert s.teacher == "sd14" and s.manifold == "euclid"
+    runs.extract([s], RunStore(), progress=False)
+    _, _, data, facts = tuning.build(s, RunStore())
+    got = data.vectors(np.arange(len(data)))
+    assert (got == got[0]).all() and facts["texts_without_vector"] == 0
+    result = runs.run(s)
+    assert np.isfinite(result.curves["manifold"]).all() and result.spec.key != make("armada").key
 
 
 CHAPTER = dict(
