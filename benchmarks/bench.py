@@ -2,7 +2,8 @@
 
 One thread on one core, the two sides in turn, so that ratios hold on a machine with neighbours:
 read ratios, not times. Prints a table and writes name -> {median, min, max, runs, unit, note},
-over the rounds; `runs` is their number.
+over the rounds; `runs` is their number. Where a peer cannot be had it is 0, the numbers are null,
+the note says why, and the command fails after all else is written.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -33,7 +35,10 @@ BENCHMARKS = {
     "lm_tokens_vs_trainer_dynamic": "generation",
     "lm_tokens_vs_trainer_grouped": "generation",
     "generate_vs_batch1": "generation",
+    "kd_vs_textbrewer": "distillation",
+    "kd_vs_torchdistill": "distillation",
 }
+NUMBERS: dict[str, Callable[[list[float]], float]] = {"median": median, "min": min, "max": max}
 
 
 def prepare() -> None:
@@ -57,20 +62,18 @@ def measure(names: list[str], rounds: int | None, size: int | None) -> dict[str,
         print(f"{module}: {', '.join(mine)}", file=sys.stderr)
         part = importlib.import_module(f"benchmarks.{module}").measure(mine, rounds, size)
         for name, (values, unit, note) in part.items():
-            found[name] = {
-                "median": median(values), "min": min(values), "max": max(values),
-                "runs": len(values), "unit": unit, "note": note,
-            }  # fmt: skip
+            numbers = {k: f(values) if values else None for k, f in NUMBERS.items()}
+            found[name] = {**numbers, "runs": len(values), "unit": unit, "note": note}
         print(f"{module}: {time.monotonic() - began:.0f} s", file=sys.stderr)
     return {n: found[n] for n in names}
 
 
 def table(found: dict[str, dict]) -> str:
     """The entries as text, each note below its numbers."""
-    number = lambda x: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3f}"
+    number = lambda x: "-" if x is None else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3f}"
     lines = [f"{'':36}{'median':>12}{'min':>12}{'max':>12}{'runs':>6}  unit"]
     for name, r in found.items():
-        values = "".join(f"{number(r[k]):>12}" for k in ("median", "min", "max"))
+        values = "".join(f"{number(r[k]):>12}" for k in NUMBERS)
         lines += [f"{name:36}{values}{r['runs']:>6}  {r['unit']}", f"    {r['note']}"]
     return "\n".join(lines)
 
@@ -95,6 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(found))
     print(f"written to {given.out}")
+    if missing := [f"{n}: {r['note']}" for n, r in found.items() if not r["runs"]]:
+        sys.exit("\n".join(missing))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,9 +18,9 @@ from test_decoders import data as sequences_of
 from test_decoders import llama, spec  # noqa: F401  (a fixture)
 
 from armada_lib.batching import epoch
-from benchmarks import bench, generation, overhead
+from benchmarks import bench, distillation, environments, generation, overhead
 from benchmarks.common import Split, read
-from benchmarks.data import SHARES, _stretch
+from benchmarks.data import SHARES, Corpus, _stretch
 from benchmarks.ours import Ours, training
 from benchmarks.peer import Peer
 
@@ -211,3 +212,124 @@ def test_an_answer_benchmark_compares_every_answer(llama, monkeypatch):  # noqa:
     monkeypatch.setattr(generation.generation, "generate", wrong)
     with pytest.raises(RuntimeError, match="'something else' in a batch"):
         generation.answer(spec(llama), prompts, 6, 1)
+
+
+# ---------------------------------------------------------------- distillation
+# A stand-in for TextBrewer, which is not installed beside the library: the same loop.
+STAND_IN = """
+import torch
+import torch.nn.functional as F
+
+print("not an answer")
+TrainingConfig = DistillationConfig = lambda **given: given
+
+class GeneralDistiller:
+    def __init__(self, plain, kd, teacher, student, *adaptors):
+        self.kd, self.student, self.adaptors = kd, student, adaptors
+
+    def __enter__(self):
+        self.student.train()
+
+    def __exit__(self, *_):
+        pass
+
+    def train(self, optimiser, loader, epochs, schedule, given, max_grad_norm):
+        rate, kd = schedule(optimiser, **given), self.kd
+        for batch in loader:
+            said = self.adaptors[0](batch, batch["teacher_cache"])["logits"]
+            out = self.adaptors[1](batch, self.student(**batch["student"]))
+            soft = F.softmax(said / kd["temperature"], -1)
+            loss = kd["kd_loss_weight"] * F.cross_entropy(out["logits"] / kd["temperature"], soft)
+            (loss + kd["hard_label_weight"] * out["losses"]).backward()
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), max_grad_norm)
+            optimiser.step()
+            rate.step()
+            optimiser.zero_grad()
+"""
+
+
+def test_a_distillation_peer_in_its_process_trains_as_the_engine(
+    checkpoints, tmp_path, monkeypatch
+):
+    spec = checkpoints["bert"]
+    split = corpus(Ours(spec, KEPT, training("fp32")).student, 140)
+    texts, said = Corpus(split, split, KEPT, "random texts"), 3 * torch.randn(140, 2)
+    split.save(tmp_path / "texts.npz", KEPT)
+    np.save(tmp_path / "teacher.npy", said.numpy())
+    (tmp_path / "textbrewer.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(environments, "python", lambda peer: shutil.which("false"))
+    with pytest.raises(environments.Unavailable, match="textbrewer stopped: exit code 1"):
+        distillation.Peer("textbrewer", tmp_path, spec.checkpoint)
+    monkeypatch.setattr(environments, "python", lambda peer: sys.executable)
+    peer = distillation.Peer("textbrewer", tmp_path, spec.checkpoint)
+    try:
+        assert distillation.agree(peer, spec, texts, said) < 1e-5
+        with pytest.raises(RuntimeError, match="train differently"):
+            distillation.agree(peer, spec, texts, said + 0.5 * torch.randn(140, 2))
+
+        ask, learn = peer.ask, distillation.Distilled.learn
+        took = {"fp32": [6.0, 5.0], "fused": [4.0, 5.0], "bf16": [3.0, 5.0]}
+        given = []
+        monkeypatch.setattr(  # what it really does, with other times
+            peer, "ask", lambda do, name, **x: given.append((do, name, x)) or ask(do, name, **x)
+            if do != "train" or name == "check" else (ask(do, name, **x), took[name])[1],
+        )  # fmt: skip
+        mine = lambda side, *x: (learn(side, *x), (2.0, 1.0))[1]
+        monkeypatch.setattr(distillation.Distilled, "learn", mine)
+        found = distillation.compare({"a": peer}, spec, texts, said, 2, 64)
+        values, unit, note = found["a"]
+        assert values == [3.0, 3.0] and unit == "times more samples/s"
+        assert (
+            "ours 32 samples/s" in note and "2.00 (CPU time 5.00) if it is given the fused" in note
+        )
+        built = [x["fused"] for do, name, x in given if do == "build" and name != "check"]
+        assert built[:2] == [False, True]
+        with pytest.raises(RuntimeError, match="textbrewer stopped: KeyError: 'nobody'"):
+            ask("logits", "nobody", rows=[0])
+    finally:
+        peer.close()
+
+
+def test_a_benchmark_whose_peer_cannot_be_had_is_said_to_be_not_run(
+    checkpoints, tmp_path, monkeypatch, capsys
+):
+    split = corpus(Ours(checkpoints["bert"], KEPT, training("fp32")).student)
+    monkeypatch.setattr(bench, "prepare", lambda: None)
+    monkeypatch.setattr(distillation.data, "load", lambda task: Corpus(split, split, KEPT, ""))
+    monkeypatch.setenv("ARMADA_STORE", str(tmp_path / "a file"))
+    (tmp_path / "a file").touch()  # so that no environment can be made
+    out, name = tmp_path / "bench.json", "kd_vs_textbrewer"
+    with pytest.raises(SystemExit) as e:
+        bench.main(["--only", name, "--out", str(out)])
+    assert str(e.value.code).startswith(f"{name}: not run: the environment of textbrewer could not")
+    entry = json.loads(out.read_text())[name]
+    assert [entry[k] for k in ("median", "min", "max", "runs")] == [None, None, None, 0]
+    assert "not run" in entry["note"] and "not run" in capsys.readouterr().out
+
+
+def test_an_environment_is_made_once_and_shares_what_is_here(tmp_path, monkeypatch):
+    installed, real = [], environments.venv.create
+    monkeypatch.setattr(environments.venv, "create", lambda at, with_pip: real(at))  # pip is slow
+    monkeypatch.setenv("ARMADA_STORE", str(tmp_path))
+
+    def install(interpreter, pins):
+        if not installed:
+            installed.append(None)
+            words = "WARNING: retrying\nERROR: No matching distribution found for textbrewer\n"
+            raise subprocess.CalledProcessError(1, "pip", stderr=words + "note: see above\n")
+        installed.append(pins)
+
+    monkeypatch.setattr(environments, "_install", install)
+    with pytest.raises(environments.Unavailable, match=r"made: ERROR: No matching distribution"):
+        environments.python("textbrewer")
+    for _ in range(2):
+        python = environments.python("textbrewer")
+    assert installed[1:] == [environments.PINS["textbrewer"]]
+    code = "import sys, numpy; print(sys.prefix, numpy.__file__)"
+    done = subprocess.run([python, "-c", code], text=True, capture_output=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "bench" / "textbrewer"), np.__file__]
+    monkeypatch.setitem(environments.PINS, "textbrewer", ("textbrewer==0",))
+    environments.python("textbrewer")
+    assert installed[2:] == [("textbrewer==0",)]
