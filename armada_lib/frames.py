@@ -1,0 +1,54 @@
+"""Tables of numbers as evidence to be committed: JSON, a line a row, the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+Frames = dict[str, pd.DataFrame]
+
+
+def write(frames: Mapping[str, pd.DataFrame], path: str | Path) -> Path:
+    """Write frames by name; numbers with six digits, a missing one as null. Returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blocks = []
+    for name in sorted(frames):
+        rows = [json.dumps([_plain(v) for v in r]) for r in frames[name].itertuples(index=False)]
+        head = json.dumps([str(c) for c in frames[name]])
+        blocks.append(f"{json.dumps(name)}: [\n" + ",\n".join([head, *rows]) + "\n]")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return None if math.isnan(value) else float(f"{value:.6g}")
+    return str(value)
+
+
+def read(path: str | Path) -> Frames:
+    """The frames of a file that `write` wrote; missing numbers are nan."""
+    raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    return {name: _frame(head, rows) for name, (head, *rows) in raw.items()}
+
+
+def _frame(head: list[str], rows: list[list[Any]]) -> pd.DataFrame:
+    columns = {}
+    for name, *values in zip(head, *rows, strict=True):
+        missing = [v is None for v in values]
+        texts = any(isinstance(v, str) for v in values)
+        columns[name] = values if texts or not any(missing) else np.array(values, np.float64)
+    return pd.DataFrame(columns, columns=head)
