@@ -1,0 +1,210 @@
+"""What the page of a study says: the primary family, the cost, and the answer put together by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from armada_lib import chapter, contrasts, profiles, report
+from armada_lib.contrasts import HARMS, MATTERS, MIXED, NOT, OPEN, Contrast
+from armada_lib.plans.common import played
+from armada_lib.plans.study import OVER, PRIMARY, Pair, Studied
+
+HEAD = {
+    MATTERS: "The teacher matters at this scale",
+    HARMS: "The real teacher does harm at this scale",
+    MIXED: "The real teacher helps on one task and harms on another",
+    NOT: "The teacher does not matter at this scale",
+    OPEN: "It stays undecided whether the teacher matters at this scale",
+}
+# the claim that is judged: a gain comes from what the teacher knows
+OUTCOME = {MATTERS: "reproduced", HARMS: "not reproduced", NOT: "not reproduced",
+           MIXED: "undecided", OPEN: "undecided"}  # fmt: skip
+
+
+def signed(x: float) -> str:
+    """Two decimals with a true sign: one example of CoLA is a tenth of a point."""
+    return f"{x:+.2f}".replace("-", "−")
+
+
+def _span(c: Contrast) -> str:
+    return f"{signed(c.mean)} [{signed(c.low)}, {signed(c.high)}]"
+
+
+def _listed(found: dict[str, Contrast]) -> str:
+    return ", ".join(f"{report.title(t)} {_span(c)}" for t, c in found.items())
+
+
+def _titles(tasks: Iterable[str]) -> str:
+    return " and ".join(map(report.title, tasks))
+
+
+def _of(p: Studied, group: str, name: str) -> dict[str, Contrast]:
+    """A contrast on each primary task where there is one."""
+    pair = next((x for x in p.pairs if (x.group, x.name) == (group, name)), None)
+    found = {t: p.contrast(pair, t) for t in p.tasks} if pair else {}
+    return {t: c for t, c in found.items() if c is not None}
+
+
+def conclusion(p: Studied) -> str:
+    """What is concluded of the whole; undecided while a primary task has fewer than two seeds."""
+    return contrasts.overall(p.primary) if len(p.primary) == len(p.tasks) else OPEN
+
+
+def answer(p: Studied) -> list[str]:
+    """Three sentences: does the teacher matter, what else does, can anything be carried over."""
+    return [_primary(p), _regularisation(p), _upper(p)]
+
+
+def _primary(p: Studied) -> str:
+    who = profiles.load(p.study.profile).teacher(p.first[0])
+    if not p.primary:
+        return "Nothing can be said yet: no primary task has two seeds of the real and the shuffled teacher."
+    each = "; ".join(f"{report.title(t)}: {c}" for t, c in contrasts.conclude(p.primary).items())
+    return (
+        f"{'Provisional: ' if p.provisional else ''}{HEAD[conclusion(p)]}: with {who.note or who.name}, real "
+        f"minus shuffled is {_listed(p.primary)} points ({each})."
+    )
+
+
+def _regularisation(p: Studied) -> str:
+    """Do real and shuffled teachers both move the student away from the undistilled one?"""
+    name = p.who(*p.first)
+    real, shuffled = _of(p, OVER, f"real {name}"), _of(p, OVER, f"shuffled {name}")
+    both = [t for t in real if t in shuffled]
+    if not both:
+        return "Neither teacher has been compared with the undistilled student yet."
+    up = [t for t in both if min(real[t].low, shuffled[t].low) > 0]
+    down = [t for t in both if max(real[t].high, shuffled[t].high) < 0]
+    parts = []
+    if up:
+        parts.append(f"on {_titles(up)} both gain")
+    if down:
+        parts.append(f"on {_titles(down)} both lose")
+    said = "; ".join(parts) or "on no task do both differ beyond noise"
+    same = conclusion(p) in (NOT, OPEN)
+    tail = ", which is regularisation and no transfer" if parts and same else ""
+    return (
+        f"From the undistilled student, that of the real teacher differs by {_listed(real)} points and that "
+        f"of the shuffled teacher by {_listed(shuffled)}: {said}{tail}."
+    )
+
+
+def _upper(p: Studied) -> str:
+    """The control that knows the text and has no second modality."""
+    teachers = profiles.load(p.study.profile).teachers
+    used = dict.fromkeys(x.teacher for x in p.pairs)
+    name = next((t for t in used if teachers[t].kind == "text"), None)
+    found = _of(p, PRIMARY, name) if name else {}
+    if not found:
+        return "The text teacher, which knows the text and has no second modality, has not been run yet."
+    above = [t for t, c in found.items() if c.low > 0]
+    below = [t for t, c in found.items() if c.high < 0]
+    if above:
+        said = f"differs from its shuffled self on {_titles(above)}, so the method can carry something over here"
+    elif below:
+        said = f"does worse than its shuffled self on {_titles(below)}"
+    else:
+        said = (
+            "does not differ from its shuffled self beyond noise either, so that at this scale the method shows no "
+            "transfer from any teacher"
+        )
+    return f"The text teacher, which knows the text and has no second modality, {said} ({_listed(found)} points)."
+
+
+def verdict(p: Studied) -> tuple[str, str]:
+    """(outcome for `chapter.verdict`, the three sentences)."""
+    return OUTCOME[conclusion(p)], " ".join(answer(p))
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def family(p: Studied, group: str = PRIMARY) -> pd.DataFrame:
+    """The tests of a family, Holm over it: the primary one, or `BY_LOSS` with nine contrasts."""
+    pairs: list[Pair] = [x for x in p.pairs if x.group == group]
+    if group == PRIMARY:
+        pairs = pairs[:1]
+    found = [(x, t, p.contrast(x, t, 0.05 / len(p.tasks))) for t in p.tasks for x in pairs]
+    rows = [(x, t, c) for x, t, c in found if c is not None]
+    adjusted = contrasts.holm([c.p for _, _, c in rows])
+    equal = contrasts.holm([c.p_equivalent for _, _, c in rows])
+    said = contrasts.conclude(p.primary)
+    table = []
+    for (x, t, c), holm, tost in zip(rows, adjusted, equal, strict=True):
+        row = {"task": report.title(t), "loss": x.name, "seeds": c.n, "difference": signed(c.mean),
+               "95 % interval": f"[{signed(c.low)}, {signed(c.high)}]", "p": c.p, "p (Holm)": holm,
+               "bound": c.bound, "p equivalent (Holm)": tost, "found with 80 %": c.found,
+               "conclusion": said.get(t, OPEN)}  # fmt: skip
+        drop = (
+            ["loss"]
+            if group == PRIMARY
+            else ["bound", "p equivalent (Holm)", "found with 80 %", "conclusion"]
+        )
+        table.append({k: v for k, v in row.items() if k not in drop})
+    return pd.DataFrame(table or [{"task": "no two seeds of both arms are there yet"}])
+
+
+def secondary(p: Studied) -> pd.DataFrame:
+    """The main contrasts on the other tasks for `plots_study.forest`: a row a task, a panel a contrast."""
+    who = p.who(*p.first)
+    panels = {(PRIMARY, who): "real − shuffled", (OVER, f"real {who}"): "real − undistilled",
+              (OVER, f"shuffled {who}"): "shuffled − undistilled"}  # fmt: skip
+    df = p.frame(p.others, [PRIMARY, OVER])
+    names = list(zip(df["group"], df["contrast"], strict=True))
+    df = df.assign(contrast=df["title"], title=[panels.get(n) for n in names], group="secondary")
+    order = {panel: i for i, panel in enumerate(panels.values())}
+    return df[df["title"].notna()].sort_values("title", key=lambda x: x.map(order), kind="stable")
+
+
+def summary(p: Studied, tasks: Iterable[str], groups: Iterable[str]) -> pd.DataFrame:
+    """Contrasts of these groups, a row each, a column a task: mean, interval, seeds."""
+    frame = p.frame(list(tasks), list(groups))
+    if frame.empty:
+        return frame
+    cell = [
+        f"{signed(r.mean)} [{signed(r.low)}, {signed(r.high)}], n = {r.seeds}"
+        for r in frame.itertuples()
+    ]
+    wide = frame.assign(cell=cell).pivot(
+        index=["group", "contrast"], columns="title", values="cell"
+    )
+    order = frame[["group", "contrast"]].drop_duplicates().itertuples(index=False, name=None)
+    wide = wide.reindex(index=list(order), columns=list(dict.fromkeys(frame["title"])))
+    return wide.fillna("–").reset_index().rename_axis(columns=None)
+
+
+def cost(p: Studied) -> pd.DataFrame:
+    """A row a stage: cells planned and finished, what is missing, core-hours."""
+    rows = []
+    for stage in p.study.stages:
+        planned = [c for c in p.cells if c.stage == stage.name]
+        there = [p.records[c.identity] for c in planned if c.identity in p.records]
+        lacking = [c for c in planned if c.identity not in p.records]
+        tasks = dict.fromkeys(c.task for c in lacking)
+        said = ", ".join(f"{report.title(t)} {sum(c.task == t for c in lacking)}" for t in tasks)
+        # a run has one thread: its seconds are those of one core
+        hours = sum(r["facts"]["seconds"] for r in there) / 3600
+        rows.append({"stage": stage.name, "cells": len(planned), "finished": len(there),
+                     "core-hours": hours, "missing": said or "none"})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def run_line(p: Studied) -> None:
+    """Show who plays whom, and how much of the study is there."""
+    profile, made = profiles.load(p.study.profile), list(p.records.values())
+    environments = [r["environment"] for r in made]
+    hours = sum(r["facts"]["seconds"] for r in made) / 3600
+    chapter.run_line({
+        "evidence": f"book/results/{p.study.name}.jsonl",
+        "profile": f"{profile.name} ({profile.about})",
+        "student": played(profile.student(p.study.student or profile.nlu.student)),
+        "teacher": [played(profile.teacher(t)) for t in p.teachers],
+        "cells": f"{len(made):,} of {len(p.cells):,}",
+        "seeds": sorted({s for t in p.study.tasks.values() for s in t.seeds}),
+        "precision": sorted({r["spec"].training.precision for r in made}) or None,
+        "processor": sorted({e["gpu"] or e["cpu"] for e in environments}) or None,
+        "torch": sorted({e["torch"] for e in environments}) or None,
+        "core-hours": f"{hours:.1f}",
+    })  # fmt: skip

@@ -1,0 +1,287 @@
+"""A study: what its file says, in which order it runs, and that workers share it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from armada_lib import __main__ as cli
+from armada_lib import evaluation, experiment, profiles, results, runs
+from armada_lib.results import RunStore
+from armada_lib.state import Diverged
+
+CODE = Path(__file__).resolve().parents[1]
+TINY = {
+    "name": "small", "profile": "tiny", "training": {"train_size": 16, "eval_size": 10, "epochs": 1},
+    "tasks": {"cola": {"seeds": [100, 101], "bound": 3.0}, "copa": {"seeds": [100]}},
+    "stages": [{
+        "name": "primary", "tasks": ["cola", "copa"],
+        "arms": [{"methods": ["undistilled"]}, {"methods": ["armada", "shuffled"], "teacher": "sd14"}],
+    }],
+}  # fmt: skip
+
+
+def write(folder: Path, **changes) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(TINY | changes))
+    return path
+
+
+@pytest.fixture
+def own(project, tmp_path) -> Path:
+    return write(tmp_path)
+
+
+# ---------------------------------------------------------------------------- the committed study
+
+
+def committed() -> experiment.Study:
+    return experiment.load(CODE / "params/study.yaml")
+
+
+def test_the_committed_study_has_the_cells_that_the_protocol_names():
+    study, text = committed(), (CODE / "book/protocol.md").read_text(encoding="utf-8")
+    found = experiment.cells(study)
+    names = [s.name for s in study.stages]
+    assert re.findall(r"^\d\. \*\*([a-z-]+)\*\*:", text, flags=re.M) == names
+    # 10, 10 and 5 seeds of: undistilled, and two teachers with three losses each
+    primary = [c for c in found if c.stage == "primary"]
+    assert len(primary) == 25 * 7 and {c.teacher for c in primary} == {"sd14", None}
+    assert {t: sum(c.task == t for c in primary) for t in ("stsb", "cola", "mrpc")} == {
+        "stsb": 70, "cola": 70, "mrpc": 35}  # fmt: skip
+    assert all(min(t.seeds) >= 100 for t in study.tasks.values())
+    rows = dict(re.findall(r"^\| (STS-B|CoLA|MRPC) \| [\d.]+ \| ([\d.]+) \|", text, flags=re.M))
+    bounds = {"STS-B": "stsb", "CoLA": "cola", "MRPC": "mrpc"}
+    assert {k: study.tasks[v].bound for k, v in bounds.items()} == {
+        k: float(v) for k, v in rows.items()
+    }
+
+
+def test_the_profile_still_has_the_settings_that_the_protocol_names():
+    p = profiles.load(committed().profile)
+    assert (p.armada["paper"].beta, p.armada["released"].beta) == (0.1, 1.0)
+    assert {(w.alpha, w.gamma, w.tau) for w in p.armada.values()} == {(0.5, 1.0, 5.0)}
+    sizes = {"cola": (2048, 3), "stsb": (1536, 2), "mrpc": (1536, 2), "rte": (1024, 2),
+             "wic": (1536, 1), "cb": (None, 4), "copa": (None, 3)}  # fmt: skip
+    for task, expected in sizes.items():
+        group = "super_glue" if task in ("wic", "cb", "copa") else "glue"
+        t = p.recipe(group, task, p.nlu.student)
+        assert (t.train_size, t.epochs) == expected and t.student_lr == 1e-4, task
+        assert t.aligner_lr == (1e-3 if group == "super_glue" else 3e-3), task
+    assert committed().training == {"precision": "bf16"}
+
+
+def test_every_beginning_of_a_stage_is_balanced():
+    study = committed()
+    for stage in study.stages:
+        found = [c for c in experiment.cells(study) if c.stage == stage.name]
+        met: dict[str, list[int]] = {t: [] for t in stage.tasks}
+        for c in found:
+            if c.seed not in met[c.task]:
+                met[c.task].append(c.seed)
+            for (
+                task,
+                seeds,
+            ) in met.items():  # no task is a whole seed ahead of another that has more
+                assert len(met[c.task]) - len(seeds) <= 1 or len(seeds) == len(
+                    study.tasks[task].seeds
+                )
+        assert all(met[t] == study.tasks[t].seeds for t in stage.tasks)
+
+
+def test_one_entry_adds_a_teacher_and_leaves_the_rest_as_it_is(own, tmp_path):
+    raw = yaml.safe_load((profiles.ROOT / "params/profiles/tiny.yaml").read_text())
+    raw["teachers"]["other"] = raw["teachers"]["sd14"] | {"steps": 3}
+    (profiles.ROOT / "params/profiles/two.yaml").write_text(yaml.safe_dump(raw))
+    arm = {"methods": ["armada", "constant"], "teacher": "other", "manifolds": ["cosine"]}
+    stage = {"name": "more", "tasks": ["cola"], "arms": [arm]}
+    before = experiment.jobs(experiment.load(write(tmp_path, profile="two")))
+    path = write(tmp_path, profile="two", stages=[*TINY["stages"], stage])
+    after = experiment.jobs(experiment.load(path))
+    assert [j.spec.key for j in after[: len(before)]] == [j.spec.key for j in before]
+    new = after[len(before) :]
+    assert [(j.spec.method, j.spec.teacher, j.spec.manifold, j.spec.seed) for j in new] == [
+        (m, "other", "cosine", s) for s in (100, 101) for m in ("armada", "constant")]  # fmt: skip
+
+
+def test_a_cell_says_no_more_than_its_run_uses(own):
+    for j in experiment.jobs(experiment.load(own)):
+        s = j.spec
+        assert j.cell.identity == (s.task, s.method, s.teacher, s.manifold, s.reading, s.seed)
+        assert s.training.train_size == 16
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"profile": "tinny"}, "unknown profile 'tinny'; did you mean 'tiny'?"),
+        ({"stages": []}, "stages: "),
+        ({"stages": TINY["stages"] * 2}, "each stage needs a name of its own"),
+        ({"stages": [TINY["stages"][0] | {"tasks": ["rte"]}]}, "'rte'"),
+        ({"tasks": TINY["tasks"] | {"colla": {"seeds": [1]}}}, "unknown task 'colla'"),
+        ({"tasks": {"cola": {"seeds": []}, "copa": {"seeds": [1]}}}, "tasks.cola.seeds"),
+        ({"seeds": [1]}, "seeds: Extra inputs"),
+        ({"stages": [TINY["stages"][0] | {"arms": [{"methods": ["armda"]}]}]}, "method 'armda'"),
+        ({"stages": [TINY["stages"][0] | {"arms": [{"methods": ["armada"], "teacher": "sd41"}]}]},
+         "'sd41'; did you mean 'sd14'?"),
+        ({"stages": [TINY["stages"][0] | {"arms": [{"methods": ["armada"], "manifolds": ["cos"]}]}]},
+         "manifolds"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_one_line_before_any_work(project, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(runs, "run", lambda *a, **k: pytest.fail("a run was begun"))
+    path = write(tmp_path, **change)
+    with pytest.raises(SystemExit) as e:
+        cli.main(["study", str(path), "--store", str(tmp_path / "s")])
+    assert message in str(e.value.code) and "\n" not in str(e.value.code)
+
+
+# ---------------------------------------------------------------------------- again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_three_cells_computed_again_give_the_stored_metrics(tmp_path, capsys, precision):
+    arms = [{"methods": ["undistilled", "armada", "shuffled"], "teacher": "text"}]
+    small = {"name": "small", "profile": "smoke", "training": {"precision": precision},
+             "tasks": {"stsb": {"seeds": [100]}},
+             "stages": [{"name": "primary", "tasks": ["stsb"], "arms": arms}]}  # fmt: skip
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(small))
+    run(path, tmp_path / "s")
+    jobs = experiment.jobs(experiment.load(path))
+    assert len(jobs) == 3
+    for job in jobs:
+        table, same = experiment.repeat(job, experiment.load(path), RunStore(tmp_path / "s"))
+        assert same and len(table) == (1 if job.spec.method == "undistilled" else 4)
+        assert table["stored"].nunique() == len(table)  # Pearson's: a number of many digits
+        if precision == "fp32":
+            assert table["stored"].tolist() == table["again"].tolist()
+
+
+def test_a_cell_that_comes_out_otherwise_is_told(own, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="neither in .* nor in small.jsonl"):
+        run(own, tmp_path / "s", "--repeat", "1")
+    run(own, tmp_path / "s", "--cell", "1")
+    run(own, tmp_path / "s", "--repeat", "1")
+    assert "student_aux" in capsys.readouterr().out
+    monkeypatch.setitem(experiment.TOLERANCE, "fp32", -1.0)
+    with pytest.raises(SystemExit, match="further apart than the tolerance of fp32"):
+        run(own, tmp_path / "s", "--repeat", "1")
+
+
+# ---------------------------------------------------------------------------- running
+
+
+def run(path: Path, store: Path, *options: str) -> None:
+    cli.main(["study", str(path), "--store", str(store), *options])
+
+
+def test_the_command_runs_what_is_missing_and_shows_no_score(own, tmp_path, capsys):
+    run(own, tmp_path / "s", "--cell", "1")
+    assert "cola armada euclid paper seed 100 sd14: stored" in capsys.readouterr().out
+    run(own, tmp_path / "s", "--list")
+    rows = [x.split("\t") for x in capsys.readouterr().out.splitlines()]
+    assert [r[0] for r in rows] == [str(i) for i in range(9)]
+    assert [r[2] for r in rows] == ["missing", "stored"] + ["missing"] * 7
+    run(own, tmp_path / "s")
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert lines[0].startswith("9 cells, 1 stored, ") and "min left with 1 worker" in lines[0]
+    assert lines[-1] == "8 computed, 0 diverged, 0 elsewhere"
+    assert [re.match(r" *(\d) of 9 \|", x).group(1) for x in lines[1:-1]] == list("23456789")
+    assert "left" not in lines[-2]
+    scores = [r.scores["student"] for k in rows if (r := RunStore(tmp_path / "s").load(k[1]))]
+    assert len(scores) == 9 and not any(f"{s:.1f}" in said for s in scores if s)
+    monkey = RunStore(tmp_path / "s").runs
+    before = {p: p.stat().st_mtime_ns for p in monkey.rglob("*")}
+    run(own, tmp_path / "s", "--cell", rows[3][1])  # by key, stored: left alone
+    run(own, tmp_path / "s")
+    assert "0 computed, 0 diverged, 0 elsewhere" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in monkey.rglob("*")} == before
+
+
+@pytest.mark.parametrize("cell, message", [("9", "has cells 0 to 8"), ("beef", "neither a number")])
+def test_a_cell_that_is_not_there_is_named(own, tmp_path, cell, message):
+    with pytest.raises(SystemExit, match=message):
+        run(own, tmp_path / "s", "--cell", cell)
+
+
+def test_a_locked_cell_is_left_to_its_worker(own, tmp_path):
+    store, jobs = RunStore(tmp_path / "s"), experiment.jobs(experiment.load(own))[:4]
+    store.check()
+    said: list[str] = []
+    with store.lock(jobs[0].spec.key):  # another worker's
+        count = experiment.work(jobs, store, 1, said.append)
+        assert count == {"computed": 3, "diverged": 0, "elsewhere": 1}
+        assert jobs[0].spec not in store and all(j.spec in store for j in jobs[1:])
+    count = experiment.work(jobs, store, 1, said.append)  # it died: the lock is free again
+    assert count == {"computed": 1, "diverged": 0, "elsewhere": 0} and jobs[0].spec in store
+
+
+def test_a_cell_that_diverges_does_not_stop_the_others(own, tmp_path, monkeypatch):
+    store, jobs = RunStore(tmp_path / "s"), experiment.jobs(experiment.load(own))[:3]
+    real = runs.run
+
+    def sometimes(s, *a, **k):
+        if s.key == jobs[1].spec.key:
+            raise Diverged("the loss is not finite")
+        return real(s, *a, **k)
+
+    monkeypatch.setattr(runs, "run", sometimes)
+    said: list[str] = []
+    count = experiment.work(jobs, store, 1, said.append)
+    assert count == {"computed": 2, "diverged": 1, "elsewhere": 0}
+    assert any("cola armada" in x and "the loss is not finite" in x for x in said)
+    monkeypatch.setattr(runs, "run", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):  # what would hit every cell stops the study
+        experiment.work(jobs, store, 1, said.append)
+
+
+@pytest.mark.slow
+def test_two_machines_on_one_store_share_the_cells(own, tmp_path, project):
+    env = os.environ | {"ARMADA_ROOT": str(project), "PYTHONPATH": str(CODE)}
+    command = [
+        sys.executable,
+        "-m",
+        "armada_lib",
+        "study",
+        str(own),
+        "--store",
+        str(tmp_path / "s"),
+    ]
+    both = [
+        subprocess.Popen([*command, "--workers", n], env=env, text=True, stdout=subprocess.PIPE)
+        for n in ("1", "2")
+    ]
+    said = [p.communicate(timeout=240)[0] for p in both]
+    assert all(p.returncode == 0 for p in both)
+    done = [re.findall(r" of 9 \| ([^|]+) \|", out) for out in said]
+    assert sorted(done[0] + done[1]) == sorted({*done[0], *done[1]}), "a cell was computed twice"
+    jobs = experiment.jobs(experiment.load(own))
+    assert sorted(done[0] + done[1]) == sorted(j.name for j in jobs)
+
+
+def test_what_is_exported_can_be_scored_again_without_the_data(own, tmp_path):
+    run(own, tmp_path / "s", "--cell", "0")
+    run(own, tmp_path / "s", "--cell", "2")
+    folder = tmp_path / "book" / "results"
+    study = experiment.load(own)
+    path, n = experiment.export(study, RunStore(tmp_path / "s"), folder)
+    assert (path, n) == (folder / "small.jsonl", 2)
+    labels = json.loads((folder / "small_labels.json").read_text())
+    for r in results.read(path):
+        y = np.array(labels[r["spec"].data_id])
+        logits = np.eye(2)[r["predictions"]]
+        assert len(y) == 10
+        assert evaluation.metric("mcc", logits, y) == pytest.approx(r["scores"]["student"])
+    run(own, tmp_path / "other", "--cell", "1")  # of another machine: added to what is there
+    assert experiment.export(study, RunStore(tmp_path / "other"), folder)[1] == 3
