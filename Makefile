@@ -58,7 +58,7 @@ test: $(READY)  ## run every test: library, notebooks, book build, pages, README
 	@echo "==> tests 2/3: the book from a clean tree with profile smoke, warnings are errors"
 	@ARMADA_PROFILE=smoke $(MAKE) --no-print-directory book
 	@echo "==> tests 3/3: built pages, chapters under papermill"
-	$(BIN)/pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow -n $(JOBS)
 
 book: $(READY)  ## build the book from a clean tree into _build/html
 	rm -rf _build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -9,36 +10,41 @@ import pandas as pd
 
 
 def anova(
-    df: pd.DataFrame, outcome: str, factors: Sequence[str], interaction: bool = True
+    df: pd.DataFrame,
+    outcome: str,
+    factors: Sequence[str],
+    interaction: bool = True,
+    blocks: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """One-way, or two-way (by default with interaction), of `outcome` by the columns `factors` (type II).
+    """One-, two- or three-way, of `outcome` by the columns `factors` (type II).
 
-    Columns: source, df, F, p. The interaction is left out where no cell holds two rows. F and p are
-    nan where nothing is left to compare with. ValueError for missing columns, no row, or a factor
-    with one level.
+    By default with the interaction of every two factors, left out where no cell holds two rows.
+    `blocks`: columns whose levels may differ in mean and are no factor (randomised blocks).
+    Columns: source, df, F, p; blocks have no row. F and p are nan where nothing is left to compare
+    with. ValueError for missing columns, no row, or a factor with one level.
     """
     from statsmodels.formula.api import ols
     from statsmodels.stats.anova import anova_lm
 
-    if not 1 <= len(factors) <= 2:
-        raise ValueError(f"one or two factors, got {list(factors)}")
-    if missing := [c for c in (outcome, *factors) if c not in df.columns]:
+    if not 1 <= len(factors) <= 3:
+        raise ValueError(f"one to three factors, got {list(factors)}")
+    if missing := [c for c in (outcome, *factors, *blocks) if c not in df.columns]:
         raise ValueError(f"missing column(s) {missing}; the table has {list(df.columns)}")
-    table = df[[outcome, *factors]].dropna().set_axis(["y", *"ab"[: len(factors)]], axis=1)
-    for name, column in zip(factors, "ab", strict=False):
+    keys, apart = list("abc"[: len(factors)]), [f"d{i}" for i in range(len(blocks))]
+    table = df[[outcome, *factors, *blocks]].dropna().set_axis(["y", *keys, *apart], axis=1)
+    for name, column in zip(factors, keys, strict=True):
         if table[column].nunique() < 2:
             raise ValueError(f"{name} has fewer than two levels: {sorted(set(table[column]))}")
-    names = dict(zip(("C(a)", "C(b)"), factors, strict=False)) | {
-        "C(a):C(b)": " x ".join(factors),
-        "Residual": "residual",
-    }
-    crossed = interaction and len(factors) == 2
-    repeated = crossed and table.groupby(["a", "b"]).size().min() > 1
-    formula = "y ~ C(a)" if len(factors) == 1 else f"y ~ C(a) {'*' if repeated else '+'} C(b)"
+    names = {f"C({k})": name for k, name in zip(keys, factors, strict=True)}
+    names |= {f"{a}:{b}": f"{names[a]} x {names[b]}" for a, b in itertools.combinations(names, 2)}
+    repeated = interaction and table.groupby(keys).size().min() > 1
+    formula = f"y ~ ({' + '.join(f'C({k})' for k in keys)}){'**2' if repeated else ''}"
+    formula += "".join(f" + C({d})" for d in apart if table[d].nunique() > 1)
     model = ols(formula, table).fit()
     if model.df_resid < 1:
         return pd.DataFrame({"source": list(factors), "df": math.nan, "F": math.nan, "p": math.nan})
-    found = anova_lm(model, typ=2).rename(index=names).reset_index(names="source")
+    found = anova_lm(model, typ=2).drop([f"C({d})" for d in apart], errors="ignore")
+    found = found.rename(index=names | {"Residual": "residual"}).reset_index(names="source")
     return found.rename(columns={"PR(>F)": "p"})[["source", "df", "F", "p"]]
 
 

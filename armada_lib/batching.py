@@ -197,7 +197,8 @@ class Encoded:
     tokens: one int32 array a text; types: token types or None; teacher: a float16 matrix of width
     m, may be memory-mapped, whose row `where[i]` (default i) is given to text i;
     `mean`, `scale` standardise it (A24) when a batch is read. Where the row is -1 the text has no
-    vector and gets the mean: zeros if standardised, else `absent` (m,).
+    vector and gets the mean: zeros if standardised, else `absent` (m,). `noise` is the standard
+    deviation of what is added to a text's vector: one draw a text, from `noise_seed` and its number.
     """
 
     tokens: list[np.ndarray]
@@ -210,6 +211,8 @@ class Encoded:
     scale: torch.Tensor | None = None
     where: np.ndarray | None = None
     absent: torch.Tensor | None = None
+    noise: float = 0.0
+    noise_seed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.lengths = np.array([len(t) for t in self.tokens], dtype=np.int64)
@@ -225,6 +228,10 @@ class Encoded:
         x = self.teacher.index_select(0, torch.from_numpy(np.maximum(rows, 0))).float()
         if self.mean is not None and self.scale is not None:
             x = (x - self.mean) / self.scale
+        if self.noise:
+            rngs = (np.random.default_rng([*self.noise_seed, int(i)]) for i in texts)
+            drawn = np.stack([g.standard_normal(x.shape[1], np.float32) for g in rngs])
+            x = x + self.noise * torch.from_numpy(drawn)
         if (rows >= 0).all():
             return x
         mean = 0.0 if self.absent is None else self.absent

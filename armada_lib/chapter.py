@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import html
+import inspect
 import re
+import textwrap
 import types
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -21,6 +23,7 @@ from IPython.display import display
 from armada_lib import figures
 from armada_lib.profiles import ROOT, check
 
+LINK = re.compile(r"\[([^\[\]]+)\]\(([^()\s]+)\)")  # of Markdown; cells may hold them
 _GUARDED = "_armada_guarded"  # in the notebook: how many cells had run at the first guard
 
 # Outcomes a verdict may have, each with a sign, so that colour never carries the meaning alone.
@@ -180,7 +183,7 @@ def _html_table(
 
     def td(tag: str, text: str, is_right: bool, marked: bool = False) -> str:
         style = f"text-align:{'right' if is_right else 'left'};font-variant-numeric:tabular-nums"
-        inner = html.escape(text)
+        inner = LINK.sub(r'<a href="\2">\1</a>', html.escape(text))
         inner = f"<strong><u>{inner}</u></strong>" if marked else inner
         return f'<{tag} style="{style}">{inner}</{tag}>'
 
@@ -253,6 +256,23 @@ def run_line(facts: Mapping[str, Any]) -> None:
 def _plain(value: str) -> str:
     """A fact is a name or a number, never markup: escape what MyST would read."""
     return re.sub(r"([\\`*_{}\[\]<>#$|~^])", r"\\\1", value).replace("\n", " ")
+
+
+def source(*functions: Any) -> None:
+    """Show the source of functions or methods as it stands now, under the name of its file."""
+    parts = []
+    for f in functions:
+        module = inspect.getmodule(f)
+        name = f"{module.__name__.replace('.', '/')}.py" if module else ""
+        parts.append((name, textwrap.dedent(inspect.getsource(f)).rstrip()))
+    _show(
+        ":::::{div} source\n"
+        + "\n\n".join(f"`{name}`\n\n````python\n{code}\n````" for name, code in parts)
+        + "\n:::::",
+        "".join(f"<p><small><code>{html.escape(name)}</code></small></p><pre>{html.escape(code)}</pre>"
+                for name, code in parts),
+        "\n\n".join(f"# {name}\n{code}" for name, code in parts),
+    )  # fmt: skip
 
 
 def verdict(criterion: str, outcome: str, text: str) -> None:

@@ -17,8 +17,9 @@ NAMES = {"armada": "ARMADA", **report.BASELINES, **report.CONTROLS}
 
 
 def scoreboard(df: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
-    """A row a method as quoted in the paper and one as run again, a column a task, averages last.
+    """A row a method as quoted in the paper and one as run here, a column a task, averages last.
 
+    Three kinds of `row`: quoted, run again (what the paper quotes), and ARMADA, run with its controls.
     `df`: the frame of `report.table`; `published`: Table 7 or 8. Quoted rows hold what the paper
     prints for the tasks of this run; it does not say on which split. The two kinds never mix.
     """
@@ -33,11 +34,14 @@ def scoreboard(df: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
             rows.append({"method": name, "row": "quoted", **printed, "mean": f"{shared:.1f}"})
     for name in dict.fromkeys(found["arm"]):
         part = found[found["arm"] == name]
-        row: dict[str, Any] = {"method": name, "row": "run again"}
+        own = part["method"].iloc[0]
+        again = own in report.BASELINES or own == "undistilled"
+        row: dict[str, Any] = {"method": name, "row": "run again" if again else "ARMADA, run"}
         for t, g in part.groupby("title", sort=False):
             s = stats.summary(g["score"])
-            row[str(t)] = f"{s.mean:.1f}" + (f" ± {s.sd:.1f}" if s.n > 1 else "")
-        row["mean"] = f"{part.groupby('title')['score'].mean().mean():.1f}"
+            spread = f" ± {s.sd:.1f}" if s.n > 1 else ""
+            row[str(t)] = f"{s.mean:.1f}".replace("-", "−") + spread
+        row["mean"] = f"{part.groupby('title')['score'].mean().mean():.1f}".replace("-", "−")
         rows.append(row)
     return pd.DataFrame(rows)[["method", "row", *titles, "mean"]].fillna("–")
 
@@ -80,28 +84,41 @@ def ranks(df: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
 def costs(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
     """What a method costs besides the student: means over its runs, a row a method.
 
-    Columns: method; added parameters that are trained (heads, aligner, a second network); seconds a
-    step, as a multiple of the undistilled student's on the same task; peak memory in MB above what
-    the process held before the run; runs.
+    Columns: method; added parameters that are trained (heads, aligner, a second network), and their
+    share of the student's own in %; seconds a step, as a multiple of the undistilled student's on
+    the same task; peak memory in MB above what the process held before the run; runs. Where some
+    methods have a stage of pre-training, which is made once a task: its epochs, and its seconds as
+    a multiple of the fine-tuning of one run; added parameters and memory are then the larger of
+    both.
     """
     rows = []
     for r in results:
         spec, facts = (r.spec, r.facts) if isinstance(r, Result) else (r["spec"], r["facts"])
         if not facts.get("steps"):
             continue
+        stage = facts.get("stage", {})
+        added = facts["branch_parameters"] + facts.get("method_parameters", 0)
+        added = max(added, stage.get("parameters", 0))
+        peaks = [m for m in (facts.get("peak_memory"), stage.get("peak_memory")) if m is not None]
         rows.append({
             "method": NAMES.get(spec.method, spec.method),
             "task": spec.task,
-            "added": facts["branch_parameters"] + facts.get("method_parameters", 0),
-            "step": facts["train_seconds"] / facts["steps"], "memory": facts.get("peak_memory"),
+            "added": added, "share": 100 * added / facts["student_parameters"],
+            "step": facts["train_seconds"] / facts["steps"], "memory": max(peaks, default=math.nan),
+            "stage_epochs": stage.get("epochs", 0),
+            "stage_time": stage.get("train_seconds", 0.0) / max(facts["train_seconds"], 1e-9),
         })  # fmt: skip
     table = pd.DataFrame(rows)
     base = table[table["method"] == "undistilled"].groupby("task")["step"].median()
     table["step"] = table["step"] / table["task"].map(base)
     found = table.groupby("method", sort=False).agg(
-        added=("added", "mean"), step=("step", "median"), memory=("memory", "median"),
+        added=("added", "mean"), share=("share", "mean"), step=("step", "median"),
+        memory=("memory", "median"),
+        stage_epochs=("stage_epochs", "mean"), stage_time=("stage_time", "median"),
         runs=("task", "size"),
     )  # fmt: skip
+    if not found["stage_epochs"].any():
+        found = found.drop(columns=["stage_epochs", "stage_time"])
     return found.reset_index()
 
 
@@ -128,3 +145,18 @@ def equally_effective(
     if -margin < s.low and s.high < margin:
         return "reproduced", text
     return ("not reproduced" if s.high < -margin or s.low > margin else "undecided"), text
+
+
+def verdict(df: pd.DataFrame, table: pd.DataFrame) -> tuple[str, str]:
+    """`equally_effective` of ARMADA beside all baselines that were run, and what it trains for that.
+
+    `table`: the costs of the same runs. The first arm of ARMADA counts, should there be several.
+    """
+    names = list(report.arms(df)["arm"].unique())
+    own = next((a for a in names if a.startswith("ARMADA")), "ARMADA")
+    others = [a for a in names if a in report.BASELINES.values()]
+    outcome, text = equally_effective(df, own, others)
+    light = table[table["method"] == "ARMADA"]
+    for added, share in zip(light["added"], light["share"], strict=True):
+        text += f" It trains {added / 1e6:.2f} million parameters besides the student's, {share:.1f} % of those."
+    return outcome, text

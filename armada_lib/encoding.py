@@ -10,6 +10,7 @@ import torch
 
 from armada_lib import profiles, students
 from armada_lib.batching import Encoded
+from armada_lib.methods import METHODS
 from armada_lib.results import RunSpec
 from armada_lib.specs import examples
 from armada_lib.students import Student
@@ -29,7 +30,9 @@ class Splits(NamedTuple):
 def student(s: RunSpec) -> Student:
     """The untrained student of a run, with a new head."""
     task, who = examples(s)[0].task, profiles.load(s.profile).student(s.student)
-    return students.load(who, task.outputs, s.seed, task.kind == "regression", s.training.dropout)
+    found = students.load(who, task.outputs, s.seed, task.kind == "regression", s.training.dropout)
+    found.labels = task.labels
+    return found
 
 
 def encode(s: RunSpec, student: Student) -> Splits:
@@ -46,17 +49,39 @@ def encode(s: RunSpec, student: Student) -> Splits:
             held_cut,
             longest,
         )
-    padding = student.model.config.pad_token_id or 0
-    used = np.unique(np.concatenate([*ids, *held_ids, np.array([padding])]))
-    new = student.compact(used).numpy().astype(np.int32)
+    used, new, padding = _compact(student, [*ids, *held_ids], METHODS[s.method].masks)
     parts = [
         Encoded(
             [new[i] for i in tokens],
             kinds,
             torch.from_numpy(e.labels),
             e.per_example,
-            int(new[padding]),
+            padding,
         )
         for tokens, kinds, e in ((ids, types, train), (held_ids, held_types, held))
     ]
     return Splits(parts[0], parts[1], cut + held_cut, used)
+
+
+def corpus(s: RunSpec, student: Student) -> Encoded:
+    """The training texts alone, each on its own and without a label, for a stage of pre-training.
+
+    The student keeps the embeddings of their tokens and of [MASK]: what is only evaluated has no part.
+    """
+    train = examples(s)[0]
+    ids, types, _ = students.tokenise(student, train.first, train.second, s.training.max_length)
+    _, new, padding = _compact(student, ids, masks=True)
+    return Encoded([new[i] for i in ids], types, torch.zeros(len(ids)), 1, padding)
+
+
+def _compact(
+    student: Student, texts: list[np.ndarray], masks: bool
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """(token ids that are kept, new id of each old one, new id of the padding); sets `mask_id`."""
+    padding, mask = student.model.config.pad_token_id or 0, student.tokenizer.mask_token_id
+    if masks and mask is None:
+        raise ValueError("the student's tokenizer has no [MASK], which a masked-word loss needs")
+    used = np.unique(np.concatenate([*texts, np.array([padding, *([mask] if masks else [])])]))
+    new = student.compact(used).numpy().astype(np.int32)
+    student.mask_id = int(new[mask]) if masks else None
+    return used, new, int(new[padding])

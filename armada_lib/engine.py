@@ -6,6 +6,7 @@ that is handed the clip factor, and no number read back from the device until an
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +38,11 @@ class Trained:
     seconds: float
     steps: int
     diagnostics: dict[str, Any] = field(default_factory=dict)
+
+
+def save_every() -> float:
+    """Seconds between two states: `ARMADA_SAVE_EVERY`, else `SAVE_EVERY`."""
+    return float(os.environ.get("ARMADA_SAVE_EVERY", SAVE_EVERY))
 
 
 def precision(asked: str, device: torch.device | None = None) -> str:
@@ -171,9 +177,9 @@ def train(
             # Dropout depends on seed, step and process alone: a resumed run draws the same masks.
             torch.manual_seed(_fold(seed, run.step, acc.process_index))
             out: StudentOutput | None = None
-            if phase != "aligner":
+            if phase != "aligner" and method.predicts:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    out = student(batch.inputs)
+                    out = student(method.inputs(batch))
             if method.partners:
                 method.turn(batch, out, step)
             terms = method.losses(batch, out, phase, centroid)

@@ -9,6 +9,7 @@ import torch
 
 from armada_lib.batching import Encoded
 from armada_lib.methods import Method
+from armada_lib.results import decide_each
 from armada_lib.students import Student
 
 EVAL_BATCH = 64
@@ -19,7 +20,8 @@ COLLAPSED = 0.995  # share of one predicted class from which a run counts as col
 def predict(student: Student, method: Method, data: Encoded, bf16: bool) -> dict[str, np.ndarray]:
     """Outputs of each head on a split: `student`, `student_aux`, `aligner`, `aligner_aux`.
 
-    Class tasks (n, c), choice tasks (n, 2), regression (n,), float32, in the order of the data.
+    Class and multilabel tasks (n, c), choice tasks (n, 2), regression (n,), float32, in the order of
+    the data.
     The student reads texts only; the aligner heads need the split's teacher vectors.
     """
     student.eval()
@@ -31,7 +33,7 @@ def predict(student: Student, method: Method, data: Encoded, bf16: bool) -> dict
     for i in range(0, len(order), EVAL_BATCH):
         batch = data.batch(order[i : i + EVAL_BATCH], student.packs).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            out = student(batch.inputs)
+            out = student(method.inputs(batch))
         heads = {
             "student": out.logits,
             "student_aux": out.aux_logits,
@@ -50,8 +52,17 @@ def decide(outputs: np.ndarray) -> np.ndarray:
     return outputs.argmax(-1) if outputs.ndim == 2 else outputs
 
 
-def metric(name: str, outputs: np.ndarray, labels: np.ndarray) -> float:
-    """`accuracy` (%), `mcc` or `pearson` (x 100). A constant prediction has MCC and Pearson 0."""
+def metric(name: str, outputs: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> float:
+    """`accuracy` (%), `mcc` or `pearson` (x 100). A constant prediction has MCC and Pearson 0.
+
+    Of several labels, (n, c) logits and 0/1: `micro_f1`, over all n c decisions together, and
+    `macro_f1`, the mean of the labels' own; a label that is neither there nor predicted has F1 0.
+    """
+    if name in ("micro_f1", "macro_f1"):
+        from sklearn.metrics import f1_score
+
+        said = decide_each(outputs, threshold)
+        return float(f1_score(labels > 0, said, average=name[:5], zero_division=0) * 100)
     predicted = decide(outputs)
     if name == "accuracy":
         return float((predicted == labels).mean() * 100)
@@ -65,15 +76,23 @@ def metric(name: str, outputs: np.ndarray, labels: np.ndarray) -> float:
         if x.std() < 1e-8 or y.std() < 1e-8:
             return 0.0
         return float(np.corrcoef(x, y)[0, 1] * 100)
-    raise ValueError(f"unknown metric {name!r}; valid: accuracy, mcc, pearson")
+    raise ValueError(f"unknown metric {name!r}; valid: accuracy, mcc, pearson, micro_f1, macro_f1")
 
 
-def behaviour(outputs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def behaviour(outputs: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> dict[str, Any]:
     """Does the model still tell examples apart? A collapsed run is flagged, never dropped.
 
     `majority_share`: largest share of one predicted class; for regression, `spread`: standard
-    deviation of the scores relative to that of the labels.
+    deviation of the scores relative to that of the labels. Of several labels a class is a set of
+    them, and `said`, `gold`: how many an example is given and has, on average.
     """
+    if labels.ndim == 2:
+        sets = decide_each(outputs, threshold)
+        largest = lambda x: float(np.unique(x, axis=0, return_counts=True)[1].max() / len(x))
+        share = largest(sets)
+        return {"majority_share": share, "gold_majority": largest(labels > 0),
+                "said": float(sets.sum(1).mean()), "gold": float(labels.sum(1).mean()),
+                "collapsed": share >= COLLAPSED}  # fmt: skip
     if outputs.ndim == 2:
         counts = np.bincount(decide(outputs), minlength=outputs.shape[1])
         share = float(counts.max() / counts.sum())

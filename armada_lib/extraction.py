@@ -7,7 +7,7 @@ import csv
 import json
 import math
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
@@ -121,6 +121,27 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     found.shutdown()
 
 
+def every(
+    work: Callable[..., None],
+    jobs: Sequence[tuple[str, tuple[Any, ...]]],
+    workers: int,
+    unit: str,
+    progress: bool = True,
+) -> None:
+    """Call `work(*job)`, a function of a module, for every (label, job), in up to `workers` processes."""
+    with tqdm(total=len(jobs), desc=f"{unit}s", unit=unit, disable=not progress or not jobs) as bar:
+        if workers <= 1 or len(jobs) < 2:
+            for label, job in jobs:
+                bar.set_postfix_str(label)
+                work(*job)
+                bar.update()
+            return
+        with pool(min(workers, len(jobs))) as processes:
+            for done in as_completed([processes.submit(work, *job) for _, job in jobs]):
+                done.result()
+                bar.update()
+
+
 def _worker() -> None:
     torch.set_num_threads(1)
 
@@ -130,12 +151,15 @@ def attach(
 ) -> int:
     """Give each split, the training split first, its texts' vectors, or a control's.
 
-    A text that a black box refused is given the mean of the training vectors. Returns how many are.
+    A text that a black box refused is given the mean of the training vectors, as is every text by
+    the constant teacher. Returns how many were refused.
     """
     assert s.teacher is not None
     vectors, rng = METHODS[s.method].vectors, np.random.default_rng([s.seed, 77])
     standardised = READINGS[s.reading or "paper"].standardise
     known = feature_store(s.profile, s.teacher, store)
+    for number, (part, _) in enumerate(data):  # Figures 10 to 12: noise at the aligner's input
+        part.noise, part.noise_seed = s.training.noise, (s.seed, 78, number)
     if vectors == "random":  # normal, with the moments that the teacher's vectors have there
         centre, spread = np.zeros(width), np.ones(width)
         if not standardised:
@@ -151,7 +175,8 @@ def attach(
         if len(given) < len(texts):
             row = {t: i for i, t in enumerate(given)}
             part.where = np.array([row.get(t, -1) for t in texts])
-    known_moments = features.moments(data[0][0].teacher) if standardised or refused else None
+    centred = standardised or refused or vectors == "constant"
+    known_moments = features.moments(data[0][0].teacher) if centred else None
     for part, _ in data:
         if known_moments is not None:
             mean, sd = (torch.as_tensor(x, dtype=torch.float32) for x in known_moments)
@@ -162,7 +187,11 @@ def attach(
         if vectors == "shuffled":
             order = rng.permutation(len(part.tokens))
             part.where = order if part.where is None else part.where[order]
-    return sum(int((p.where < 0).sum()) for p, _ in data if p.where is not None)
+    absent = sum(int((p.where < 0).sum()) for p, _ in data if p.where is not None)
+    if vectors == "constant":
+        for part, _ in data:
+            part.where = np.full(len(part.tokens), -1)
+    return absent
 
 
 # -- texts and what they cost -------------------------------------------------------------------

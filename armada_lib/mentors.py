@@ -8,25 +8,21 @@ example (or text) i of the data that the run's `data_id` names.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable
-from concurrent.futures import as_completed
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
-from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from armada_lib import encoding, specs
 from armada_lib.batching import Batch, Encoded
 from armada_lib.evaluation import EVAL_BATCH
-from armada_lib.extraction import pool
-from armada_lib.files import write_tensors
+from armada_lib.extraction import every
+from armada_lib.files import Damaged, keep_tensors, kept_tensors
 from armada_lib.methods import METHODS
 from armada_lib.methods.base import texts
 from armada_lib.methods.layers import Watch
@@ -37,10 +33,6 @@ log = logging.getLogger(__name__)
 
 SAID = ("logits", "anchors", "cls", "means")  # see `methods.base.Mentor`
 Train = Callable[..., Result]  # `runs.compute`: trains and evaluates a run
-
-
-class Damaged(ValueError):
-    """A file that does not hold what was written to it; it is removed."""
 
 
 class Stored:
@@ -89,6 +81,8 @@ class Stored:
         student.compact(self._begun[0].used)
         if student.regression:
             student.centre(float(self.data.labels.mean()))
+        elif student.labels:
+            student.centre(specs.examples(self.spec)[0].start)
         return student
 
     def tuned(self) -> Student:
@@ -217,20 +211,11 @@ def prepare(
     for level in _levels(wanted, store):
         todo = [(m, needs) for m, needs in level.values() if not _there(m, needs)]
         count += len(todo)
-        with tqdm(
-            total=len(todo), desc="mentors", unit="mentor", disable=not progress or not todo
-        ) as bar:
-            if workers == 1 or len(todo) < 2:
-                for mentor, needs in todo:
-                    bar.set_postfix_str(f"{mentor.spec.student} {mentor.spec.label}")
-                    _make(mentor.spec, needs, store.root, train)
-                    bar.update()
-                continue
-            with pool(min(workers, len(todo))) as processes:
-                jobs = [processes.submit(_make, m.spec, n, store.root, train) for m, n in todo]
-                for job in as_completed(jobs):
-                    job.result()
-                    bar.update()
+        jobs = [
+            (f"{m.spec.student} {m.spec.label}", (m.spec, needs, store.root, train))
+            for m, needs in todo
+        ]
+        every(_make, jobs, workers, "mentor", progress)
     return count
 
 
@@ -309,32 +294,15 @@ def _make(m: RunSpec, needs: set[str], root: Path, train: Train) -> None:
 # -- files -------------------------------------------------------------------------------------
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    h = hashlib.sha256()
-    for name in sorted(tensors):
-        h.update(f"{name} {tuple(tensors[name].shape)}".encode())
-        h.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return h.hexdigest()
-
-
 def write(path: Path, tensors: dict[str, Tensor], m: RunSpec) -> None:
     """A file of run `m`'s mentor, complete or absent, with a digest of its contents."""
-    meta = {"digest": _digest(tensors), "mentor": m.key, "data": m.data_id}
-    write_tensors(path, tensors, meta, f"a file of the mentor {m.student}")
+    keep_tensors(path, tensors, _about(m), f"a file of the mentor {m.student}")
 
 
 def read(path: Path, m: RunSpec) -> dict[str, Tensor]:
     """The tensors of a file of run `m`'s mentor. Raises FileNotFoundError and `Damaged`."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there")
-    try:
-        with safe_open(path, "pt") as f:
-            meta = f.metadata()
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        wanted = {"digest": _digest(tensors), "mentor": m.key, "data": m.data_id}
-        if meta != wanted:
-            raise ValueError(f"{meta} stands where {wanted} should")
-        return tensors
-    except Exception as e:  # whatever is wrong with it, it must not be used
-        path.unlink(missing_ok=True)
-        raise Damaged(f"{path} is damaged and was removed ({e})") from e
+    return kept_tensors(path, _about(m))
+
+
+def _about(m: RunSpec) -> dict[str, str]:
+    return {"mentor": m.key, "data": m.data_id}

@@ -20,7 +20,10 @@ from pydantic import ValidationError, model_validator
 from armada_lib.settings import (
     MANIFOLDS,
     READINGS,
+    Ablation,
+    Analysis,
     Baselines,
+    Multimodal,
     Nlu,
     Strict,
     StudentSpec,
@@ -48,9 +51,12 @@ class Profile(Strict):
     students: dict[str, StudentSpec]
     teachers: dict[str, TeacherSpec]
     nlu: Nlu
+    multimodal: Multimodal | None = None
     reasoning: Tuning | None = None
     instruction: Tuning | None = None
     baselines: Baselines | None = None
+    ablation: Ablation | None = None
+    analysis: Analysis | None = None
     training: dict[str, Any]
     armada: dict[Literal["paper", "released"], Weights]
 

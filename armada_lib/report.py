@@ -13,24 +13,28 @@ from typing import Any
 import pandas as pd
 
 from armada_lib import gentasks, profiles, stats, tasks
-from armada_lib.methods import TABLE_7
+from armada_lib.methods import TABLE_7, TABLE_8
 from armada_lib.results import Result
 
 LOSS = {"cosine": "cosine", "euclid": "Euclid", "elementwise": "element-wise"}
 CONTROLS = {
     "shuffled": "shuffled teacher",
     "random": "random teacher",
+    "constant": "constant teacher",
     "layers_only": "added layers only",
     "frozen_aligner": "frozen aligner",
 }
-BASELINES = {method: name for name, method in TABLE_7.items() if method != "armada"} | {
+BASELINES = {m: name for name, m in {**TABLE_7, **TABLE_8}.items() if m != "armada"} | {
     "pkd_last": "PKD, last layers", "sftn_mentor": "mentor of SFTN", "seqkd": "SeqKD",
+    "vidlankd_resnet": "VidLanKD w/ResNet", "vidlankd_clip": "VidLanKD w/CLIP",
+    "x_adapter_pictures": "X-adapter, V-expert",
 }  # fmt: skip
 STUDENT = {"bert-6l": "BERT-6L", "bert-base": "BERT-base", "deberta-v2-xxlarge": "DeBERTa-v2-xxlarge",
            "opt-1.3b": "OPT-1.3B", "llama-7b": "LLaMA-7B", "llama-3.2-3b": "LLaMA-3.2-3B",
            "llama-3.1-8b": "LLaMA-3.1-8B"}  # fmt: skip
 # as the tables of one teacher write it; those of several say text-to-image, -video, -audio
-TEACHER = {"sd14": "stable-diffusion-v1-4", "midjourney": "midjourney"}
+TEACHER = {"sd14": "stable-diffusion-v1-4", "midjourney": "midjourney",
+           "posters": "resnet50-imagenet-poster"}  # fmt: skip
 
 
 def title(task: str) -> str:
@@ -38,21 +42,29 @@ def title(task: str) -> str:
     return (tasks.TASKS.get(task) or gentasks.TASKS[task]).title
 
 
-def table(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
-    """One row per run and head, tidy, from Results or from the records of a committed file."""
+def table(results: Iterable[Result | dict[str, Any]], metric: str | None = None) -> pd.DataFrame:
+    """One row per run and head, tidy, from Results or from the records of a committed file.
+
+    `metric`: the task's own (None) or another that its runs have. Raises ValueError if one has not.
+    """
     rows = []
     for r in results:
         if isinstance(r, Result):
             r = {"spec": r.spec, "metric": r.metric, "scores": r.scores, "facts": r.facts}
         s, facts = r["spec"], r["facts"]
-        usual = profiles.load(s.profile).armada[s.reading].of(s.manifold) if s.manifold else s.beta
+        known = {r["metric"]: r["scores"], **facts.get("also", {})}
+        name = metric or r["metric"]
+        if name not in known:
+            raise ValueError(f"{s.label} has no {name}; its metrics are {', '.join(known)}")
+        own = profiles.load(s.profile).armada[s.reading] if s.manifold else None
+        usual = own.of(s.manifold, s.task) if own else s.beta
         base = {
             "profile": s.profile, "suite": s.task, "task": s.task, "student": s.student,
             "teacher": s.teacher, "method": s.method, "manifold": s.manifold, "reading": s.reading,
             "alpha": s.alpha, "beta": s.beta, "gamma": s.gamma, "usual_beta": s.beta == usual,
-            "split": s.training.split, "seed": s.seed, "metric": r["metric"],
+            "split": s.training.split, "seed": s.seed, "metric": name,
         }  # fmt: skip
-        for head, score in r["scores"].items():
+        for head, score in known[name].items():
             if s.task in gentasks.SUITES:  # a row a test set; their mean is no score of its own
                 if head == "student":
                     continue
@@ -74,10 +86,7 @@ def arm(row: Any) -> str:
     """
     if row.method == "undistilled" or row.method in BASELINES:
         return BASELINES.get(row.method, row.method)
-    name = (
-        CONTROLS.get(row.method)
-        or f"ARMADA {LOSS[row.manifold] if row.manifold else 'no manifold loss'}"
-    )
+    name = CONTROLS.get(row.method) or f"ARMADA {LOSS.get(row.manifold, 'no manifold loss')}"
     extra = (
         [row.manifold]
         if row.method in CONTROLS and row.manifold in ("cosine", "elementwise")
@@ -91,8 +100,11 @@ def arm(row: Any) -> str:
 def arms(df: pd.DataFrame, head: str = "student") -> pd.DataFrame:
     """One row a run of that head, with its `arm`, in the order: undistilled, ARMADA, controls."""
     df = df[df["head"] == head].copy()
-    several = df["teacher"].dropna().nunique() > 1
-    whose = lambda r: f", {r.teacher}" if several and pd.notna(r.teacher) else ""
+    # a baseline may read a teacher of its own, which tells nobody apart
+    count = df.groupby("method")["teacher"].nunique()
+    several = df[~df["method"].isin(BASELINES)]["teacher"].dropna().nunique() > 1
+    named = lambda r: count[r.method] > 1 if r.method in BASELINES else several
+    whose = lambda r: f", {r.teacher}" if pd.notna(r.teacher) and named(r) else ""
     df["arm"] = [arm(r) + whose(r) for r in df.itertuples()]
     rank = {"undistilled": 0, "armada": 1}
     df["control"] = [m in CONTROLS for m in df["method"]]
@@ -210,7 +222,7 @@ def printed_cells(published: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain_grid(df: pd.DataFrame) -> pd.DataFrame:
-    """Gains over undistilled: a row an arm, a column a task, and the mean over tasks."""
+    """Gains over undistilled: a row an arm; the mean over tasks, then a column a task."""
     found = arms(df)
     names = list(dict.fromkeys(found.sort_values(["control"], kind="stable")["arm"]))
     rows = []
@@ -226,24 +238,30 @@ def gain_grid(df: pd.DataFrame) -> pd.DataFrame:
         rows.append(row)
     out = pd.DataFrame(rows)
     titles = [t for t in map(title, (*tasks.TASKS, *gentasks.TASKS)) if t in out.columns]
-    return out[["trained as", *titles, "mean over tasks"]].fillna("–")
+    return out[["trained as", "mean over tasks", *titles]].fillna("–")
 
 
 def average(df: pd.DataFrame, of: str, against: str = "undistilled") -> dict[str, float]:
-    """Difference averaged over the tasks: one number a seed, then mean and t interval over seeds.
-
-    Only tasks on which every shared seed was run count, so that all seeds average the same tasks.
-    """
+    """Difference averaged over the tasks: one number a seed, then mean and t interval over seeds."""
     table = arms(df).pivot_table(index=["task", "seed"], columns="arm", values="score")
     if of not in table or against not in table:
         return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0, "tasks": 0}
-    gain = (table[of] - table[against]).dropna().unstack("seed")
-    whole = gain.dropna()
-    if not len(whole):  # no task has every seed: use the seed that most tasks share
-        whole = gain[[gain.notna().sum().idxmax()]].dropna()
-    s = stats.summary(whole.mean())
+    values, n = by_seed(table[of] - table[against])
+    s = stats.summary(values)
     low, high = (s.low, s.high) if s.n > 2 else (math.nan, math.nan)
-    return {"mean": s.mean, "low": low, "high": high, "n": s.n, "tasks": len(whole)}
+    return {"mean": s.mean, "low": low, "high": high, "n": s.n, "tasks": n}
+
+
+def by_seed(gain: pd.Series) -> tuple[pd.Series, int]:
+    """(mean over tasks for each seed, number of tasks) of differences indexed by task and seed.
+
+    Only tasks on which every shared seed was run count, so that all seeds average the same tasks.
+    """
+    wide = gain.dropna().unstack("seed")
+    whole = wide.dropna()
+    if len(wide) and not len(whole):  # no task has every seed: use the seed that most tasks share
+        whole = wide[[wide.notna().sum().idxmax()]].dropna()
+    return whole.mean(), len(whole)
 
 
 def judge(
@@ -272,7 +290,8 @@ def judge(
             f"{name}: {_signed(over['mean'])}{interval(over['low'], over['high'])} over undistilled, "
             f"{_signed(beside['mean'])}{interval(beside['low'], beside['high'])} over the {beside_it}"
         )
-    text = "Mean over tasks, in points: " + "; ".join(parts) + "."
+    over_what = "Mean over tasks, in points: " if df["task"].nunique() > 1 else "In points: "
+    text = over_what + "; ".join(parts) + "."
     if not seeds or min(seeds) < 3:
         return (
             "undecided",

@@ -37,7 +37,9 @@ class RunSpec(Strict):
 
     `teacher`, `manifold`, `reading` are None and the weights 0 where a method does not use them,
     so that equal work has one key. The `_id` fields say what stood behind the names; `mentor_id` is
-    the key of the run that makes the mentor.
+    the key of the run that makes the mentor, `start_id` that of the stage that makes the student's
+    start, and `stage` says that a spec is of such a stage alone (`specs.start_of`). A method that
+    reads a text encoder has that as its `teacher_id`, and no teacher.
     """
 
     profile: str
@@ -61,6 +63,8 @@ class RunSpec(Strict):
     mentor: str | None = None
     mentor_seed: int = 0
     mentor_id: str | None = None
+    start_id: str | None = None
+    stage: bool = False
 
     @property
     def key(self) -> str:
@@ -76,9 +80,17 @@ class RunSpec(Strict):
         return " ".join(p for p in parts if p)
 
 
+def decide_each(outputs: np.ndarray, threshold: float) -> np.ndarray:
+    """(n, c) bool from logits (n, c) of labels of which several may hold: sigmoid(o) >= threshold."""
+    return outputs.astype(np.float64) >= np.log(threshold / (1 - threshold))
+
+
 @dataclass
 class Result:
-    """`scores`: metric x 100 by head; `outputs`: (n, c) or (n,) by head; `labels` (n,)."""
+    """`scores`: metric x 100 by head; `outputs`: (n, c) or (n,) by head; `labels` (n,) or (n, c).
+
+    A task with a second metric has its scores in `facts["also"]`, by metric and head.
+    """
 
     spec: RunSpec
     metric: str
@@ -98,13 +110,19 @@ class Result:
         return bool(self.facts["behaviour"]["collapsed"])
 
     def predictions(self, head: str = "student") -> np.ndarray:
-        """Predicted class (n,), or the score itself for regression."""
+        """Predicted class (n,), or the score itself for regression; of several labels (n, c) bool."""
         out = self.outputs[head]
+        if self.labels.ndim == 2:
+            return decide_each(out, self.spec.training.threshold)
         return out.argmax(-1) if out.ndim == 2 else out
 
     def record(self) -> dict[str, Any]:
         """The Result as plain JSON: everything but curves and logits."""
         said = self.predictions()
+        if said.ndim == 2:  # numbers of labels
+            listed: list[Any] = [np.flatnonzero(row).tolist() for row in said]
+        else:
+            listed = [round(float(x), 3) for x in said] if said.dtype.kind == "f" else said.tolist()
         return {
             "key": self.spec.key,
             "spec": self.spec.model_dump(),
@@ -112,9 +130,7 @@ class Result:
             "scores": self.scores,
             "facts": self.facts,
             "environment": self.environment,
-            "predictions": [round(float(x), 3) for x in said]
-            if said.dtype.kind == "f"
-            else said.tolist(),
+            "predictions": listed,
         }
 
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from armada_lib import encoding, engine, evaluation, mentors, profiles, students, tuning
+from armada_lib import encoding, engine, evaluation, mentors, profiles, starts, students, tuning
 from armada_lib.batching import Encoded
 from armada_lib.extraction import attach, extract, pool
 from armada_lib.gentasks import SUITES
@@ -32,11 +32,13 @@ def run(
     store: RunStore | None = None,
     accelerator: Accelerator | None = None,
     progress: bool = False,
+    wait: bool = True,
 ) -> Result:
     """The stored Result of `s`, or compute and store it.
 
     Safe beside other workers (one computes, the others wait), and a killed run goes on from its
-    last state. Under `accelerate launch` all processes call this together.
+    last state. Under `accelerate launch` all processes call this together. Raises
+    `filelock.Timeout` instead of waiting for another worker, if `wait` is False.
     """
     store = store or RunStore()
     if (found := store.load(s.key)) is not None:
@@ -48,12 +50,19 @@ def run(
             f"{s.label}: its mentor is not there yet; make it in one process first, with "
             "`mentors.prepare([spec], RunStore(), runs.compute)`"
         )
-    with store.lock(s.key) if main else contextlib.nullcontext():
+    if accelerator is not None and accelerator.num_processes > 1 and starts.lacking([s], store):
+        raise ValueError(
+            f"{s.label}: its start is not there yet; make it in one process first, with "
+            "`starts.prepare([spec], RunStore())`"
+        )
+    patience = -1 if wait else 0
+    with store.lock(s.key).acquire(patience) if main else contextlib.nullcontext():
         if main and (found := store.load(s.key)) is not None and accelerator is None:
             return found
         if main:
             extract([s], store, progress=progress)
             mentors.prepare([s], store, compute, progress=progress)
+            starts.prepare([s], store, progress=progress)
         if accelerator is not None:
             accelerator.wait_for_everyone()
         result = compute(s, store, accelerator, progress)
@@ -71,15 +80,17 @@ def build(
     train, held = examples(s)
     task = train.task
     student = encoding.student(s)
+    stage = starts.begin(student, s, store) if entry.stage else {}
     tr, ev, cut, _ = encoding.encode(s, student)
-    width, absent = None, 0
-    if entry.vectors:
-        width = p.teacher(s.teacher).width  # type: ignore[arg-type]
+    width, channels, absent = None, None, 0
+    if entry.vectors and not entry.stage:
+        who = p.teacher(s.teacher)  # type: ignore[arg-type]
+        width, channels = who.width, who.channels
         absent = attach(s, store, [(tr, train.teacher_texts), (ev, held.teacher_texts)], width)
     setting = Setting(
         kind=task.kind, outputs=task.outputs, training=t, seed=s.seed, alpha=s.alpha, beta=s.beta,
         gamma=s.gamma, tau=s.tau, manifold=s.manifold or "euclid", reading=s.reading or "paper",
-        width=width, label_mean=float(train.labels.mean()) if task.kind == "regression" else 0.0,
+        width=width, channels=channels, label_mean=train.start,
         mentor=mentors.load(s, store) if entry.mentor else None,
     )  # fmt: skip
     method = entry.build(setting, student)
@@ -91,7 +102,7 @@ def build(
         "student_parameters": sum(x.numel() for x in student.model.parameters()) + _left_out(student),
         "branch_parameters": sum(x.numel() for x in student.branch.parameters()) if student.branch else 0,
         "method_parameters": sum(x.numel() for x in own if x.requires_grad),
-    }  # fmt: skip
+    } | stage  # fmt: skip
     return student, method, tr, ev, facts
 
 
@@ -107,31 +118,39 @@ def compute(
     progress: bool = False,
     state: Path | None = None,
     after_epoch: Callable[[students.Student, int], None] | None = None,
+    look: Callable[..., None] | None = None,
 ) -> Result:
     """Train and evaluate, without looking whether the Result is there.
 
-    `state`: the file from which a killed run goes on, if not the store's for this run.
+    `state`: the file from which a killed run goes on, if not the store's for this run. `look` is
+    called with "before" or "after" training, student, method, training data, evaluation data.
     """
     if s.task in SUITES:
         return tuning.compute(s, store, accelerator, progress)
     began, memory = time.perf_counter(), peak_memory()
     student, method, tr, ev, facts = build(s, store)
     _, held = examples(s)
+    if look:
+        look("before", student, method, tr, ev)
     bf16 = s.training.precision == "bf16"
-    judge = lambda: evaluation.metric(
-        held.task.metric, evaluation.predict(student, method, ev, bf16)["student"], held.labels
-    )
+    said = lambda: evaluation.predict(student, method, ev, bf16)
+    score = lambda name, o: evaluation.metric(name, o, held.labels, s.training.threshold)
+    judge = lambda: score(held.task.metric, said()["student"])
     trained = engine.train(
         student, method, tr, s.training, s.seed, accelerator, judge, state or store.state(s.key),
-        save_every=float(os.environ.get("ARMADA_SAVE_EVERY", engine.SAVE_EVERY)), progress=progress,
+        save_every=engine.save_every(), progress=progress,
         after_epoch=functools.partial(after_epoch, student) if after_epoch else None,
     )  # fmt: skip
-    outputs = evaluation.predict(student, method, ev, bf16)
-    scores = {
-        head: evaluation.metric(held.task.metric, o, held.labels) for head, o in outputs.items()
-    }
+    if look:
+        look("after", student, method, tr, ev)
+    outputs = said()
+    scores = {head: score(held.task.metric, o) for head, o in outputs.items()}
+    if held.task.also:
+        facts["also"] = {
+            m: {head: score(m, o) for head, o in outputs.items()} for m in held.task.also
+        }
     facts |= {
-        "behaviour": evaluation.behaviour(outputs["student"], held.labels),
+        "behaviour": evaluation.behaviour(outputs["student"], held.labels, s.training.threshold),
         "diagnostics": trained.diagnostics,
         "epochs": trained.epochs,
         "steps": trained.steps,
@@ -150,6 +169,7 @@ def trained_student(s: RunSpec, store: RunStore | None = None) -> students.Stude
     store.check()
     extract([s], store)
     mentors.prepare([s], store, compute)
+    starts.prepare([s], store)
     student, method, tr = tuning.build(s, store)[:3] if s.task in SUITES else build(s, store)[:3]
     engine.train(student, method, tr, s.training, s.seed)
     student.expand()
@@ -177,23 +197,35 @@ def study(
     workers = max(1, min(workers, len(missing)))
     extract(missing, store, workers, progress)
     mentors.prepare(missing, store, compute, workers, progress)
-    with tqdm(
-        total=len(missing), desc="runs", unit="run", disable=not progress or not missing
-    ) as bar:
-        if workers == 1:
-            for s in missing:
-                bar.set_postfix_str(s.label)
-                run(s, store)
-                bar.update()
-        else:
-            with pool(workers) as processes:
-                jobs = {processes.submit(_run, s, store.root): s for s in missing}
-                for job in as_completed(jobs):
-                    job.result()
-                    bar.set_postfix_str(jobs[job].label)
-                    bar.update()
+    starts.prepare(missing, store, workers, progress)
+    each(_run, missing, store, workers, progress)
     return [run(s, store) for s in specs]
 
 
-def _run(s: RunSpec, root: Any) -> None:
+def each(
+    job: Callable[[RunSpec, Path], None],
+    missing: Sequence[RunSpec],
+    store: RunStore,
+    workers: int,
+    progress: bool = True,
+) -> None:
+    """Call `job(spec, root of the store)`, a function of a module, for every spec, in `workers` processes."""
+    with tqdm(
+        total=len(missing), desc="runs", unit="run", disable=not progress or not missing
+    ) as bar:
+        if workers <= 1:
+            for s in missing:
+                bar.set_postfix_str(s.label)
+                job(s, store.root)
+                bar.update()
+        else:
+            with pool(workers) as processes:
+                jobs = {processes.submit(job, s, store.root): s for s in missing}
+                for done in as_completed(jobs):
+                    done.result()
+                    bar.set_postfix_str(jobs[done].label)
+                    bar.update()
+
+
+def _run(s: RunSpec, root: Path) -> None:
     run(s, RunStore(root))

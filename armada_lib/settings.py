@@ -80,6 +80,11 @@ class _Teacher(Strict):
     stands_for: str = ""
     note: str = ""
 
+    @property
+    def channels(self) -> int | None:
+        """Of the square picture that a vector is, channel by channel; None: it is none, but features."""
+        return None
+
 
 class ImageSpec(_Teacher):
     """A text-to-image diffusion model read at its final latent (A2), with or without a LoRA.
@@ -101,6 +106,10 @@ class ImageSpec(_Teacher):
     size: int = Field(gt=0)
     latent: Literal["flatten", "channel-mean", "two-stage", "full"] = "flatten"
     compile: bool = False
+
+    @property
+    def channels(self) -> int | None:
+        return 1 if self.latent == "channel-mean" else 4
 
 
 class VideoSpec(_Teacher):
@@ -124,6 +133,10 @@ class VideoSpec(_Teacher):
     side: int = Field(512, gt=0)
     project: bool = False
     compile: bool = False
+
+    @property
+    def channels(self) -> int | None:
+        return None if self.project else {"first-grey": 1, "first-latent": 4}.get(self.readout)
 
 
 class AudioSpec(_Teacher):
@@ -238,7 +251,9 @@ class Training(Strict):
     aligner_pretrain: int = Field(0, ge=0)
     projection: Literal["orthogonal", "fixed", "free"] | None = None
     detach: bool = True
+    noise: float = Field(0.0, ge=0, allow_inf_nan=False)  # sd added to standardised vectors (A24)
     compile: bool = False
+    threshold: float = Field(0.5, gt=0, lt=1)  # of several labels: what probability counts as yes
     # of students that generate:
     template: Literal["alpaca", "plain", "chat"] | None = None
     protocol: Literal["generate", "likelihood", "sample"] | None = None
@@ -250,6 +265,16 @@ class Training(Strict):
     partner_lr: float | None = Field(None, gt=0, allow_inf_nan=False)  # None: the method's own
     layer_epochs: int | None = Field(None, ge=0)  # TinyBERT: epochs of step 1; None: 10 in 13
     pilot_lr: float = Field(5e-5, gt=0, allow_inf_nan=False)  # MetaDistil
+    # of baselines that read pictures:
+    stage_epochs: int | None = Field(None, gt=0)  # before fine-tuning; None: as many, at least 2
+    stage_lr: float | None = Field(
+        None, gt=0, allow_inf_nan=False
+    )  # None: the profile's student_lr
+    regions: int = Field(16, gt=0)  # that a picture is cut into
+    match_epochs: int | None = Field(None, ge=0)  # vokens: of the match model; None: a quarter
+    vokens: int = Field(50_000, gt=0)  # pictures that a word may be given, at most
+    first_epochs: int | None = Field(None, gt=0)  # VidLanKD, X-adapter: of part 1; None: half
+    text_encoder: str | None = None  # X-adapter: what its T-expert reads; None: the student's own
 
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -257,15 +282,22 @@ Loss = Literal["cosine", "euclid", "elementwise"]
 
 
 class Weights(Strict):
-    """alpha, beta, gamma and tau of Eq. 2 and the total loss; beta may differ by manifold loss."""
+    """alpha, beta, gamma and tau of Eq. 2 and the total loss; beta may differ by manifold loss.
+
+    `tasks`: another beta for single tasks, whose task loss has gradients of another size.
+    """
 
     alpha: float = Field(0.5, ge=0, le=1, allow_inf_nan=False)
     beta: Amount | dict[Loss, Amount] = 1.0
     gamma: Amount = 1.0
     tau: float = Field(5.0, gt=0, allow_inf_nan=False)
 
-    def of(self, manifold: str) -> float:
-        return dict(self.beta)[manifold] if isinstance(self.beta, dict) else self.beta  # type: ignore[index]
+    tasks: dict[str, Amount | dict[Loss, Amount]] = {}
+
+    def of(self, manifold: str, task: str = "") -> float:
+        """beta of that manifold loss on that task."""
+        beta = self.tasks.get(task, self.beta)
+        return dict(beta)[manifold] if isinstance(beta, dict) else beta  # type: ignore[index]
 
 
 class Share(Strict):
@@ -275,6 +307,23 @@ class Share(Strict):
     beta: Amount | None = None
     gamma: Amount | None = None
     tau: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+
+class Pictured(Strict):
+    """What the chapter on baselines runs of those that read pictures (Table 8).
+
+    `video` and `frames` are names of teachers: what plays the videos that the video baselines of
+    the paper read as pixels, and what plays features of frames or pictures. `text_encoder`: the
+    checkpoint that X-adapter reads beside the student; None: the student's own.
+    """
+
+    student: str
+    tasks: list[str]
+    methods: list[str]
+    seeds: list[int]
+    video: str
+    frames: str
+    text_encoder: str | None = None
 
 
 class Baselines(Strict):
@@ -291,6 +340,7 @@ class Baselines(Strict):
     methods: list[str]
     seeds: list[int]
     weights: dict[str, Share] = {}
+    multimodal: Pictured | None = None
 
 
 class Tuning(Strict):
@@ -307,6 +357,70 @@ class Tuning(Strict):
     manifolds: list[Loss]
     controls: list[Loss] = ["euclid"]  # the manifold losses that the controls use
     seeds: list[int]
+
+
+class Multimodal(Strict):
+    """What the chapter on MM-IMDb runs when it is not told otherwise."""
+
+    student: str
+    teacher: str
+    methods: list[str]
+    manifolds: list[Loss]
+    controls: list[Loss] = ["euclid"]  # the manifold losses that the controls use
+    readings: list[Literal["paper", "released"]]
+    seeds: list[int]
+
+
+class TuningGrid(Strict):
+    """Figures 5 and 6: every combination of weights, for a student that generates."""
+
+    student: str
+    suites: list[str]
+    manifolds: list[Loss]
+    betas: list[Amount]
+    gammas: list[Amount]
+    seeds: list[int]
+
+
+class Ablation(Strict):
+    """What the chapter on ablations runs when it is not told otherwise.
+
+    `alphas`, `betas`, `gammas`: every combination (Figure 3), with the losses `grid`; `manifolds`:
+    the losses of Figure 4. `factors`: by name of a factor, the levels that differ from the base,
+    each run on `factor_tasks`. A level is a value, or several fields of `specs.spec` with theirs.
+    """
+
+    student: str
+    tasks: list[str]
+    manifolds: list[Loss]
+    alphas: list[Annotated[float, Field(ge=0, le=1)]]
+    betas: list[Amount]
+    gammas: list[Amount]
+    grid: list[Loss] = ["euclid"]
+    factor_tasks: list[str]
+    factors: dict[str, list[Any]]
+    seeds: list[int]
+    instruction: TuningGrid | None = None
+
+
+class Analysis(Strict):
+    """What the chapter on analyses runs when it is not told otherwise.
+
+    `tasks` may hold suites of students that generate, which `generator` plays: only noise is looked
+    at there. `main`: the manifold loss of controls and noise. `noisy`: methods run at every level of
+    `sigmas`, the standard deviation of the noise.
+    """
+
+    student: str
+    generator: str
+    tasks: list[str]
+    methods: list[str]
+    manifolds: list[Loss]
+    main: Loss = "euclid"
+    noisy: list[str]
+    sigmas: list[Amount] = [0.0, 1.0, 2.0, 5.0]
+    seeds: list[int]
+    generation_seeds: list[int]
 
 
 class Nlu(Strict):

@@ -14,16 +14,23 @@ import torch
 
 from armada_lib import engine, gentasks, profiles, teachers
 from armada_lib import tasks as task_table
-from armada_lib.methods import GENERATING, METHODS, READINGS
-from armada_lib.profiles import MANIFOLDS, Profile, StudentSpec
+from armada_lib.methods import GENERATING, METHODS, MULTIMODAL, READINGS
+from armada_lib.methods.layers import WATCHED
+from armada_lib.profiles import MANIFOLDS, Profile, StudentSpec, TeacherSpec, Training
 from armada_lib.results import RunSpec
-from armada_lib.settings import Baselines
+from armada_lib.settings import Baselines, Pictured
 
 # What a mentor's fine-tuning takes from its student's settings: the data and the budget. Its learning
 # rate is the profile's own for it, so that a search over the student's leaves one mentor a task.
 SHARED = (
     "epochs", "batch_size", "weight_decay", "warmup", "schedule", "clip", "max_length", "train_size",
     "eval_size", "split", "select", "precision", "dropout", "copa", "template", "new_tokens", "test_size",
+)  # fmt: skip
+# What a stage of pre-training takes from its run's settings, besides the number of its epochs.
+STAGED = (
+    "batch_size", "weight_decay", "warmup", "schedule", "clip", "max_length", "train_size", "eval_size",
+    "split", "precision", "dropout", "copa", "noise", "partner_lr", "regions", "match_epochs", "vokens",
+    "first_epochs",
 )  # fmt: skip
 
 
@@ -48,9 +55,10 @@ def spec(
     """A complete, validated RunSpec; what is not given comes from the profile.
 
     `mentor`: for a method that learns from a language model, the student's name of that model; one
-    is fine-tuned for each task, with `mentor_seed`, whatever the student's seed is. `training`: any
-    field of `profiles.Training`. Checks every name and number, reads the task's rows and identifies
-    all checkpoints, so that whatever is wrong shows before any work.
+    is fine-tuned for each task, with `mentor_seed`, whatever the student's seed is; so is a start
+    pre-trained on pictures. `teacher`: some methods read another (`methods.Entry.teacher`), which the
+    profile names. `training`: any field of `profiles.Training`. Checks every name and number, reads
+    the task's rows and identifies all checkpoints, so that whatever is wrong shows before any work.
     """
     p = profiles.load(profile)
     need_gpu(p)
@@ -64,20 +72,28 @@ def spec(
     able = [m for m in METHODS if (m in GENERATING if suite else m != "seqkd")]
     profiles.check(method, able, f"method for {task}")
     block = baselines(p) if entry.mentor and not suite else None
-    student = student or (block.student if block else p.nlu.student)
+    student = student or _usual_student(p, method, suite)
     group = suite.group if suite else task_table.get(task).group
     t = p.recipe(group, task, student, **training)
     t = t.model_copy(update={"precision": engine.precision(t.precision, device())})
-    who, named = p.student(student), p.teacher(teacher)
-    taught = named if entry.vectors else None
+    who, taught = p.student(student), _taught(p, method, p.teacher(teacher))
     given = {"alpha": alpha, "beta": beta, "gamma": gamma, "tau": tau}
-    w = _weights(p, reading, manifold, given)
+    if t.noise and entry.vectors and not READINGS[reading].standardise:
+        raise ValueError(
+            f"noise is counted in standard deviations of standardised vectors, which reading {reading!r} "
+            "does not have; use reading 'paper'"
+        )
+    if not entry.vectors:  # there is nothing to add noise to
+        t = t.model_copy(update={"noise": 0.0})
+    w = _weights(p, reading, manifold, given, task)
     if method == "layers_only":  # no teacher: only the added heads remain
         w |= {"alpha": 0.0, "beta": 0.0}
     if not entry.distils:
         w = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "tau": 1.0}
-    if block:
+    if block or method in MULTIMODAL:
         w |= _shares(p, method, given)
+    if method == "x_adapter" and not t.text_encoder and p.baselines and p.baselines.multimodal:
+        t = t.model_copy(update={"text_encoder": p.baselines.multimodal.text_encoder})
     if entry.mentor:
         mentor = p.student(mentor or _usual_mentor(p, suite)).name
     if suite:  # nothing for alpha to weigh: token logits and a reconstruction do not match (A31)
@@ -89,6 +105,10 @@ def spec(
     else:
         train, evaluation_ = _examples(task, p.data, t.train_size, t.eval_size, t.split, t.copa)
         data_id = f"{train.digest}/{evaluation_.digest}"
+    student_id = _student(who)
+    teacher_id = teachers.fingerprint(taught, device().type) if taught else None
+    if method == "x_adapter" and t.text_encoder:
+        teacher_id = profiles.identity(t.text_encoder)
     s = RunSpec(
         profile=profile, task=task, student=student, method=method,
         teacher=taught.name if taught else None,
@@ -96,12 +116,45 @@ def spec(
         reading=reading if entry.distils else None,
         seed=seed, training=t, processes=processes,
         alpha=w["alpha"], beta=w["beta"], gamma=w["gamma"], tau=w["tau"],
-        student_id=_student(who),
-        teacher_id=teachers.fingerprint(taught, device().type) if taught else None,
-        data_id=data_id, mentor=mentor if entry.mentor else None,
-        mentor_seed=mentor_seed if entry.mentor else 0,
+        student_id=student_id,
+        teacher_id=teacher_id, data_id=data_id, mentor=mentor if entry.mentor else None,
+        mentor_seed=mentor_seed if entry.mentor or entry.stage else 0,
     )  # fmt: skip
+    if entry.stage or entry.masks:
+        _layers(who)
+    start = start_of(s) if entry.stage else None
+    width, channels = (taught.width, taught.channels) if taught else (0, None)
+    entry.check(start.training if start else t, width, channels)
+    if start:
+        return s.model_copy(update={"start_id": start.key})
     return s.model_copy(update={"mentor_id": mentor_of(s).key}) if entry.mentor else s
+
+
+def _usual_student(p: Profile, method: str, suite: gentasks.GenTask | None) -> str:
+    if METHODS[method].mentor and not suite:
+        return baselines(p).student
+    if method in MULTIMODAL and p.baselines and p.baselines.multimodal:
+        return p.baselines.multimodal.student
+    return p.nlu.student
+
+
+def _taught(p: Profile, method: str, given: TeacherSpec) -> TeacherSpec | None:
+    """Whose vectors a method reads: the given teacher's, those of its own, or none."""
+    entry = METHODS[method]
+    if entry.teacher is None:
+        return given if entry.vectors else None
+    name = getattr(pictured(p, f"the teacher of {method}"), entry.teacher)
+    return p.teachers[profiles.check(name, p.teachers, f"teacher of {method} (profile {p.name})")]
+
+
+def _layers(who: StudentSpec) -> None:
+    """ValueError for a student whose layers no stage can reach into."""
+    from transformers import AutoConfig
+
+    kind = AutoConfig.from_pretrained(profiles.resolve(who.checkpoint), revision=who.revision)
+    profiles.check(
+        kind.model_type, WATCHED, f"architecture of {who.name} for pictures and masked words"
+    )
 
 
 def _usual_mentor(p: Profile, suite: gentasks.GenTask | None) -> str:
@@ -131,6 +184,29 @@ def mentor_of(s: RunSpec) -> RunSpec:
     )  # fmt: skip
 
 
+def start_of(s: RunSpec) -> RunSpec:
+    """The stage that makes the start of `s`: the same task, data and teacher, and all that is `STAGED`.
+
+    Its learning rate is the profile's for the student, or `stage_lr`, so that a search over the
+    student's leaves one start a task; its seed is `mentor_seed`.
+    """
+    t, group = s.training, task_table.get(s.task).group
+    usual = profiles.load(s.profile).recipe(group, s.task, s.student).student_lr
+    kept: dict[str, Any] = {k: getattr(t, k) for k in STAGED}
+    kept |= {"epochs": t.stage_epochs or max(2, t.epochs), "student_lr": t.stage_lr or usual}
+    change = {"seed": s.mentor_seed, "training": Training(**kept), "processes": 1}
+    return s.model_copy(update=change | {"stage": True, "start_id": None, "mentor_seed": 0})
+
+
+def pictured(p: Profile, what: str) -> Pictured:
+    """The profile's block `multimodal` of `baselines`; ValueError where there is none."""
+    if p.baselines is None or p.baselines.multimodal is None:
+        raise ValueError(
+            f"profile {p.name!r} has no block `multimodal` in `baselines`, which names {what}"
+        )
+    return p.baselines.multimodal
+
+
 def baselines(p: Profile) -> Baselines:
     """The profile's block `baselines`; ValueError where there is none."""
     if p.baselines is None:
@@ -146,18 +222,25 @@ def _student(who: StudentSpec) -> str:
 
 
 def _weights(
-    p: Profile, reading: str, manifold: str, given: dict[str, float | None]
+    p: Profile, reading: str, manifold: str, given: dict[str, float | None], task: str
 ) -> dict[str, float]:
     base = p.armada[reading]  # type: ignore[index]
-    merged = {"alpha": base.alpha, "beta": base.of(manifold), "gamma": base.gamma, "tau": base.tau}
+    beta = base.of(manifold, task)
+    merged = {"alpha": base.alpha, "beta": beta, "gamma": base.gamma, "tau": base.tau}
     return _checked(merged | {k: v for k, v in given.items() if v is not None})
 
 
 def _shares(p: Profile, method: str, given: dict[str, float | None]) -> dict[str, float]:
-    """The weights that a baseline has; the profile's replace them, and what is given those."""
+    """The weights that a baseline has; the profile's replace them, and what is given those.
+
+    ValueError for a weight that is given and that it does not have.
+    """
     own = dict(METHODS[method].weights)
-    if change := baselines(p).weights.get(method):
+    if p.baselines and (change := p.baselines.weights.get(method)):
         own |= change.model_dump(exclude_none=True)
+    if idle := [k for k, v in given.items() if v is not None and k not in own]:
+        has = f"its weights are {', '.join(own)}" if own else "it has no weights"
+        raise ValueError(f"{method} does not use {', '.join(idle)}: {has}")
     return _checked(own | {k: given[k] for k in own if given[k] is not None})
 
 
@@ -233,6 +316,8 @@ def teacher_texts(s: RunSpec) -> list[str]:
     """Every text that the teacher of a run has to see."""
     if s.task in gentasks.SUITES:
         return [i.teacher_text for i in suite(s).train]
+    if METHODS[s.method].stage:  # no evaluated text is ever pictured
+        return examples(s)[0].teacher_texts
     return [text for e in examples(s) for text in e.teacher_texts]
 
 

@@ -113,6 +113,7 @@ class Student(nn.Module):
         super().__init__()
         kind = model.config.model_type
         self.model, self.tokenizer, self.regression = model, tokenizer, regression
+        self.labels: tuple[str, ...] = ()  # names of the outputs, of which several may hold
         self.family = FAMILIES[profiles.check(kind, FAMILIES, "student architecture")]
         self.pooling = pooling or self.family.pooling
         self.width = self.family.head(model).in_features
@@ -120,6 +121,9 @@ class Student(nn.Module):
         self.branch: nn.ModuleDict | None = None
         self._full: torch.Tensor | None = None  # the whole embedding table while it is compact
         self._used: torch.Tensor | None = None
+        self.mask_id: int | None = (
+            None  # [MASK] among its (compact) embeddings, where one is needed
+        )
         self.early = self.family.last is not None and self.pooling in ("cls", "last")
         if self.family.last is not None and self.early:
             encoder: Any = self.family.encoder(model)
@@ -183,14 +187,14 @@ class Student(nn.Module):
 
     # -- heads ---------------------------------------------------------------------------------
 
-    def centre(self, mean: float) -> None:
-        """Start the regression heads at the mean training score, so that no step is all clipping."""
+    def centre(self, mean: float | tuple[float, ...]) -> None:
+        """Start the heads at the mean training score, so that no step is all clipping; see `centre`."""
         heads: list[Any] = [self.family.head(self.model)]
         if self.branch is not None:
             heads.append(self.branch["aux_head"])
         for head in heads:
             if head.bias is not None:
-                nn.init.constant_(head.bias, mean)
+                centre(head, mean)
 
     # -- compact vocabulary --------------------------------------------------------------------
 
@@ -240,12 +244,22 @@ class Student(nn.Module):
         config = self.model.config
         kept = config._attn_implementation
         config.problem_type = "regression" if self.regression else "single_label_classification"
+        if self.labels:
+            config.problem_type = "multi_label_classification"
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {name: i for i, name in enumerate(self.labels)}
         try:
             self.model.set_attn_implementation("eager" if kept == PACKED else kept)
             self.model.save_pretrained(folder)
         finally:
             self.model.set_attn_implementation(kept)
         self.tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def centre(head: nn.Linear, value: float | tuple[float, ...]) -> None:
+    """Set a head's bias, to one number or to one an output."""
+    head.bias.copy_(torch.as_tensor(value, dtype=head.bias.dtype).expand_as(head.bias))
 
 
 def load(

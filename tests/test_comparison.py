@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from armada_lib import chapter, comparison, report
+from armada_lib.methods import MULTIMODAL, TABLE_8
 
 METHODS = {"undistilled": None, "kd": None, "dml": None, "armada": "euclid"}
 
@@ -59,6 +60,19 @@ def test_equally_effective_means_an_interval_within_the_margin(gap, noise, outco
     assert f"{gap:+.1f}".replace("-", "−") in text and "2 baselines" in text
 
 
+def test_the_verdict_names_the_arms_and_the_parameters():
+    df = frame(lambda k, s, m: 50 + (5 if m == "armada" else 0))
+    table = pd.DataFrame(
+        {"method": ["KD", "ARMADA"], "added": [9e9, 1.234e6], "share": [0.0, 5.678]}
+    )
+    want = comparison.equally_effective(df, "ARMADA Euclid", ["DML", "KD"])
+    light = " It trains 1.23 million parameters besides the student's, 5.7 % of those."
+    assert comparison.verdict(df, table) == (want[0], want[1] + light)
+    assert want[0] == "not reproduced" and "2 baselines" in want[1]
+    without = comparison.verdict(df.query("method != 'armada'"), table.iloc[:1])
+    assert without[0] == "undecided" and "million" not in without[1]
+
+
 def test_two_seeds_decide_nothing():
     df = frame(lambda k, s, m: 50).query("seed < 2")
     assert comparison.equally_effective(df, "ARMADA Euclid", ["KD"])[0] == "undecided"
@@ -67,12 +81,15 @@ def test_two_seeds_decide_nothing():
 
 def test_quoted_and_run_rows_are_apart():
     board = comparison.scoreboard(frame(lambda k, s, m: 50 + s), chapter.published(7))
-    assert set(board["row"]) == {"quoted", "run again"}
+    assert set(board["row"]) == {"quoted", "run again", "ARMADA, run"}
     quoted = board[board["row"] == "quoted"].set_index("method")
     printed = chapter.published(7).query("method == 'KD'").set_index("task")["printed"]
     assert quoted.loc["KD", "CoLA"] == printed["CoLA"] and quoted.loc["KD", "RTE"] == printed["RTE"]
     assert set(quoted.index) == set(chapter.published(7)["method"])
-    own = board[board["row"] == "run again"].set_index("method")
+    own = board[board["row"] != "quoted"].set_index("method")
+    assert own["row"].to_dict() == {
+        "undistilled": "run again", "KD": "run again", "DML": "run again", "ARMADA Euclid": "ARMADA, run",
+    }  # fmt: skip
     assert own.loc["KD", "CoLA"] == "51.0 ± 1.0" and own.loc["KD", "mean"] == "51.0"
     assert set(own.index) == {"undistilled", "KD", "DML", "ARMADA Euclid"}
 
@@ -80,7 +97,13 @@ def test_quoted_and_run_rows_are_apart():
 def test_costs_are_relative_to_the_undistilled_student_of_the_same_task():
     def run(method, task, step, **facts):
         spec = type("S", (), {"method": method, "task": task})
-        base = {"steps": 10, "train_seconds": 10 * step, "branch_parameters": 0, "peak_memory": 5.0}
+        base = {
+            "steps": 10,
+            "train_seconds": 10 * step,
+            "branch_parameters": 0,
+            "peak_memory": 5.0,
+            "student_parameters": 50_000,
+        }
         return {"spec": spec, "facts": base | facts}
 
     found = comparison.costs([
@@ -95,3 +118,41 @@ def test_costs_are_relative_to_the_undistilled_student_of_the_same_task():
 def test_every_baseline_of_table_7_has_its_printed_name():
     printed = set(chapter.published(7)["method"]) - {"ARMADA"}
     assert printed <= set(report.BASELINES.values())
+
+
+def test_a_stage_is_part_of_the_cost():
+    stage = {"epochs": 3, "train_seconds": 30.0, "parameters": 700, "peak_memory": 9.0}
+
+    def run(method, memory=5.0, **facts):
+        spec = type("S", (), {"method": method, "task": "cola"})
+        base = {
+            "steps": 10,
+            "train_seconds": 10.0,
+            "branch_parameters": 0,
+            "peak_memory": memory,
+            "student_parameters": 1000,
+        }
+        return {"spec": spec, "facts": base | facts}
+
+    runs = [run("undistilled"), run("vilbert", stage=stage), run("vilbert", memory=11.0, stage=stage),
+            run("x_adapter", method_parameters=20)]  # fmt: skip
+    found = comparison.costs(runs).set_index("method")
+    assert found["stage_epochs"].to_dict() == {"undistilled": 0, "ViLBERT": 3, "X-adapter": 0}
+    assert found["stage_time"].to_dict() == {"undistilled": 0, "ViLBERT": 3, "X-adapter": 0}
+    assert found["added"].to_dict() == {"undistilled": 0, "ViLBERT": 700, "X-adapter": 20}
+    assert found["share"].to_dict() == {"undistilled": 0, "ViLBERT": 70, "X-adapter": 2}
+    assert found["memory"].to_dict() == {"undistilled": 5, "ViLBERT": 10, "X-adapter": 5}
+    assert found["step"].to_dict() == {"undistilled": 1, "ViLBERT": 1, "X-adapter": 1}
+    assert "stage_epochs" not in comparison.costs(runs[::3])
+
+
+def test_every_baseline_of_table_8_has_its_printed_name():
+    printed = set(chapter.published(8)["method"])
+    assert printed == set(TABLE_8)
+    assert {report.BASELINES[m] for m in TABLE_8.values() if m != "armada"} == printed - {"ARMADA"}
+    assert set(report.BASELINES) >= set(MULTIMODAL)
+    board = comparison.scoreboard(
+        frame(lambda k, s, m: 50).assign(title="QQP"), chapter.published(8)
+    )
+    quoted = board[board["row"] == "quoted"].set_index("method")["QQP"]
+    assert quoted["Vid-Voken w/CLIP"] == "89.0" and set(quoted.index) == printed

@@ -195,3 +195,18 @@ def test_a_text_without_a_file_stops_before_any_work(project, tmp_path, monkeypa
     s = specs.spec("boxed", "cola", "armada", teacher="box", epochs=1)
     with pytest.raises(ValueError, match="3 of 46 texts have no file in .*pictures"):
         runs.study([s], RunStore(tmp_path / "store"), workers=1, progress=False)
+
+
+def test_noise_is_added_to_both_splits_of_a_run_and_differs_between_them(project, store):
+    plain, noisy = (specs.spec("tiny", "cola", "armada", noise=x) for x in (0.0, 3.0))
+    extraction.extract([plain], RunStore(), progress=False)
+    found = [runs.build(s, RunStore()) for s in (plain, noisy)]
+    rows = np.arange(24)
+    added = []
+    for split in (2, 3):
+        a, b = (x[split].vectors(rows) for x in found)
+        added.append(b - a)
+        assert 2.5 < float(added[-1].std()) < 3.5
+    assert not np.allclose(*added)
+    other = runs.build(specs.spec("tiny", "cola", "armada", noise=3.0, seed=1), RunStore())[2]
+    assert not np.allclose(other.vectors(rows), found[1][2].vectors(rows))

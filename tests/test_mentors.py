@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from armada_lib import encoding, engine, evaluation, mentors, profiles, runs, specs
+from armada_lib import encoding, engine, evaluation, files, mentors, profiles, runs, specs
 from armada_lib.methods import METHODS
 from armada_lib.methods.layers import Watch
 from armada_lib.profiles import Unknown
@@ -139,10 +139,22 @@ def test_a_method_without_a_mentor_has_the_key_it_had(school):
 
 
 def test_weights_are_those_that_the_method_has(school):
-    s = spec("kd", alpha=0.25, beta=3.0)
+    s = spec("kd", alpha=0.25)
     assert (s.alpha, s.beta, s.gamma, s.tau) == (0.25, 0.0, 0.0, 5.0)
-    assert s.key == spec("kd", alpha=0.25).key
     assert spec("pkd_last").beta == 100
+
+
+@pytest.mark.parametrize("method, given, words", [
+    ("kd", {"beta": 3.0}, "kd does not use beta: its weights are alpha, tau"),
+    ("kd", {"beta": 0.0, "gamma": 1.0, "tau": 2.0}, "kd does not use beta, gamma: "),
+    ("tinybert", {"alpha": 0.5}, "tinybert does not use alpha: it has no weights"),
+])  # fmt: skip
+def test_a_weight_that_a_method_does_not_have_is_refused(school, method, given, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        spec(method, **given)
+    assert (
+        spec("undistilled", **given).key == spec("undistilled").key
+    )  # no baseline: part of a grid
 
 
 @pytest.mark.parametrize(
@@ -378,7 +390,7 @@ def test_a_damaged_cache_is_computed_again(school, how):
         spoil(path, bytes(body))
     elif how == "other":  # of other data: rows would be joined to the wrong examples
         path.unlink()
-        save_file({"0": before}, path, metadata={"digest": mentors._digest({"0": before}),
+        save_file({"0": before}, path, metadata={"digest": files.digest({"0": before}),
                                                  "mentor": m.spec.key, "data": "other"})  # fmt: skip
     else:
         path.unlink()

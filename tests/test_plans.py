@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from armada_lib import plans, profiles, results, runs, teachers
+from armada_lib.methods import METHODS, TABLE_7, TABLE_8
 from armada_lib.profiles import Unknown
 
 
@@ -98,7 +99,8 @@ def test_evidence_is_merged_by_key_and_read_back(tmp_path, monkeypatch):
 def test_the_baselines_share_student_data_and_budget():
     asked = dict(profile="smoke", teacher="sd14", student="auto", mentor="auto", tasks="cola",
                  methods="kd,pkd_skip,armada", manifold="cosine", seeds=[3], workers=None, keep="")  # fmt: skip
-    plan = plans.baselines(dict(asked))
+    plan, pictured = plans.baselines(dict(asked))
+    assert pictured.specs == []  # no baseline of Table 8 was asked for
     assert [s.method for s in plan.specs] == ["undistilled", "kd", "pkd_skip", "armada"]
     for field in ("student", "student_id", "data_id", "training", "seed"):
         assert len({str(getattr(s, field)) for s in plan.specs}) == 1, field
@@ -111,3 +113,41 @@ def test_the_baselines_share_student_data_and_budget():
     ):
         with pytest.raises(ValueError, match=message):
             plans.baselines(asked | change)
+
+
+def test_the_baselines_with_pictures_have_a_plan_of_their_own():
+    asked = dict(profile="smoke", teacher="sd14", student="auto", mentor="auto", tasks="auto",
+                 methods="auto", manifold="euclid", seeds="auto", workers=None, keep="")  # fmt: skip
+    unimodal, pictured = plans.baselines(dict(asked))
+    block = profiles.load("smoke").baselines.multimodal
+    assert [s.method for s in pictured.specs] == block.methods
+    assert set(TABLE_8.values()) < {s.method for s in pictured.specs}
+    assert not {s.method for s in pictured.specs} & {m for m in METHODS if METHODS[m].mentor}
+    for field in ("student", "student_id", "data_id", "training", "seed"):
+        assert len({str(getattr(s, field)) for s in pictured.specs}) == 1, field
+    assert pictured.students == [block.student] != unimodal.students
+    read = {s.method: s.teacher for s in pictured.specs}
+    assert read["vilbert"] == read["visual_guidance"] == read["armada"] == "sd14"
+    assert read["vid_voken_resnet"] == read["vidlankd_resnet"] == block.video
+    assert read["vid_voken_clip"] == block.frames and read["x_adapter"] is None
+    assert pictured.teachers == ["sd14", block.video, block.frames]
+
+
+@pytest.mark.parametrize("methods, seven, eight", [
+    ("ViLBERT,X-adapter", [], ["undistilled", "vilbert", "x_adapter"]),
+    ("KD,VisualBERT,armada", ["undistilled", "kd", "armada"], ["undistilled", "visualbert", "armada"]),
+    ("armada", ["undistilled", "armada"], []),
+])  # fmt: skip
+def test_named_baselines_go_to_their_own_table(methods, seven, eight):
+    asked = dict(profile="smoke", teacher="sd14", student="auto", mentor="auto", tasks="cola",
+                 methods=methods, manifold="euclid", seeds=[0], workers=None, keep="")  # fmt: skip
+    found = plans.baselines(asked)
+    assert [[s.method for s in p.specs] for p in found] == [seven, eight]
+
+
+def test_every_printed_name_is_a_method_and_an_unknown_one_lists_all():
+    printed = {**TABLE_7, **TABLE_8}
+    assert plans.common.methods_of(",".join(printed), []) == ["undistilled", *printed.values()]
+    with pytest.raises(Unknown, match="unknown method 'ViLBRT'") as e:
+        plans.common.methods_of("ViLBRT", [])
+    assert all(m in str(e.value) for m in METHODS)

@@ -71,9 +71,13 @@ def test_every_profile_loads_and_each_of_its_names_exists(name):
         assert {p.teacher(t).name for t in block.teachers} == set(block.teachers)
         assert set(block.methods) <= set(methods.METHODS)
     assert set(p.nlu.methods) <= set(methods.METHODS)
+    films = p.multimodal
+    assert films and p.student(films.student) and p.teacher(films.teacher)
+    assert set(films.methods) <= set(methods.METHODS)
     assert set(p.armada) == set(profiles.READINGS)
     for weights in p.armada.values():
         assert all(weights.of(m) >= 0 for m in profiles.MANIFOLDS)
+        assert set(weights.tasks) <= set(tasks.TASKS)
     for student in p.students:
         for task in tasks.TASKS.values():
             assert p.recipe(task.group, task.name, student).epochs > 0

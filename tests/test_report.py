@@ -110,6 +110,27 @@ def test_arms_of_two_teachers_are_told_apart():
         ["CoLA", "euclid", "sd14", 3.0], ["CoLA", "euclid", "speecht5", 1.0]]  # fmt: skip
 
 
+def test_a_run_without_a_manifold_loss_has_an_arm():
+    df = frame([("cola", "armada", None, 0, 53), ("cola", "armada", "euclid", 0, 51)])
+    df["usual_beta"] = [False, True]
+    df.loc[0, "beta"] = 0.0
+    assert report.arms(df)["arm"].tolist() == ["ARMADA Euclid", "ARMADA no manifold loss (β = 0)"]
+
+
+def test_a_baselines_own_teacher_is_no_part_of_its_name():
+    rows = [("cola", "armada", "euclid", 0, 53), ("cola", "visualbert", None, 0, 51),
+            ("cola", "vid_voken_clip", None, 0, 52)]  # fmt: skip
+    df = frame(rows)
+    df["teacher"] = ["sd14", "sd14", "blackbox"]
+    assert set(report.arms(df)["arm"]) == {"ARMADA Euclid", "VisualBERT", "Vid-Voken w/CLIP"}
+    df["teacher"], df["method"] = (
+        ["sd14", "sd14", "blackbox"],
+        ["armada", "visualbert", "visualbert"],
+    )
+    assert set(report.arms(df)["arm"]) == {
+        "ARMADA Euclid", "VisualBERT, sd14", "VisualBERT, blackbox"}  # fmt: skip
+
+
 def test_published_cells_are_gains_without_the_average():
     cells = report.printed_cells(chapter.published(4))
     assert len(cells) == 3 * 8 and "average" not in set(cells["task"])

@@ -74,7 +74,7 @@ def test_any_other_field_is_another_key(field):
     old = getattr(run_spec(), field)
     new = {
         str: lambda: old + "x", float: lambda: old + 0.125, int: lambda: old + 1,
-        Training: lambda: Training(epochs=11), type(None): lambda: "x",
+        Training: lambda: Training(epochs=11), type(None): lambda: "x", bool: lambda: not old,
     }[type(old)]()  # fmt: skip
     assert run_spec(**{field: new}).key != run_spec().key
 
@@ -87,7 +87,8 @@ def test_any_other_training_setting_is_another_key(field):
         "projection": "free", "detach": False, "compile": True,
         "soft": "kl", "distance": "squared", "manifold_to": "both",
         "template": "chat", "protocol": "likelihood", "new_tokens": 9, "test_size": 9,
-        "normalised": False, "partner_lr": 1e-4, "layer_epochs": 1,
+        "normalised": False, "partner_lr": 1e-4, "layer_epochs": 1, "threshold": 0.3,
+        "stage_epochs": 3, "stage_lr": 1e-4, "match_epochs": 1, "first_epochs": 1, "text_encoder": "x",
     }  # fmt: skip
     old = getattr(Training(), field)
     new = other[field] if field in other else old + 1

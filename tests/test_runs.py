@@ -158,6 +158,24 @@ def test_controls_read_what_they_say(project, store):
     assert built["undistilled"][0].branch is None
 
 
+@pytest.mark.parametrize("reading", ["paper", "released"])
+def test_the_constant_teacher_says_the_mean_of_training_to_every_text(project, store, reading):
+    real, same = (
+        specs.spec("tiny", "cola", m, reading=reading, train_size=16, eval_size=8)
+        for m in ("armada", "constant")
+    )
+    extraction.extract([real], RunStore(), progress=False)
+    _, _, own, _, _ = runs.build(real, RunStore())
+    _, _, train, held, facts = runs.build(same, RunStore())
+    mean = own.vectors(np.arange(16)).mean(0)
+    for part, n in ((train, 16), (held, 8)):
+        got = part.vectors(np.arange(n))
+        assert got.shape == (n, 64) and (got == got[0]).all()
+        np.testing.assert_allclose(got[0], mean, atol=1e-5, rtol=1e-4)
+    assert mean.abs().max() > 0.1 or reading == "paper"
+    assert facts["texts_without_vector"] == 0  # none was refused
+
+
 def test_equal_work_has_one_key(project):
     a = specs.spec("tiny", "cola", "undistilled", manifold="cosine", reading="released", alpha=0.1)
     b = specs.spec("tiny", "cola", "undistilled")

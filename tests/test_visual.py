@@ -16,26 +16,16 @@ from armada_lib import students
 from armada_lib.batching import Encoded
 from armada_lib.methods import visual
 from armada_lib.methods.visual import Stage
-from armada_lib.profiles import Training
 
 CHANNELS, SIDE = 4, 4
 PICTURE = CHANNELS * SIDE * SIDE
 CLOSE = dict(atol=2e-5, rtol=2e-4)
 
 
-class Extra(Training):
-    """The settings that only stages have."""
-
-    regions: int | None = 4
-    channels: int | None = CHANNELS
-    match_epochs: int | None = None
-    vokens: int | None = None
-
-
-def staged(**training):
+def staged(channels=CHANNELS, **training):
     """A `Setting` of a stage."""
-    t = Extra(**{"epochs": 2, "batch_size": 8, "student_lr": 1e-3, "precision": "fp32"} | training)
-    return dataclasses.replace(setting(), training=t, width=PICTURE)
+    s = setting(training={"regions": 4} | training)
+    return dataclasses.replace(s, width=PICTURE, channels=channels)
 
 
 def pictured(student, n=16, seed=0) -> Encoded:

@@ -26,7 +26,9 @@ def make(checkpoints, build=XAdapter, kind="class", n=16, dropout=0.0, layers=3,
     """(student, method, data): a student of random weights, `layers` deep."""
     pictures = {"pictures": kw.pop("pictures")} if "pictures" in kw else {}
     s = setting(kind, **kw)
-    s = dataclasses.replace(s, training=s.training.model_copy(update=extra or {}))
+    s = dataclasses.replace(
+        s, training=s.training.model_copy(update={"regions": 6} | (extra or {}))
+    )
     student = students.load(checkpoints["bert"], OUT[kind], s.seed, kind == "regression", dropout)
     config = copy.deepcopy(student.model.config)
     config.num_hidden_layers = layers

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from armada_lib import losses
 from armada_lib.aligner import AlignerOutput, TSAligner, drift, retract_
 from armada_lib.batching import Batch
-from armada_lib.methods.base import Centroid, Method, Phase, Setting, Terms
-from armada_lib.students import Student, StudentOutput
+from armada_lib.methods.base import LOSS, Centroid, Method, Phase, Setting, Terms
+from armada_lib.students import Student, StudentOutput, centre
+
+BRANCH_SEED = 1_000_003  # added to a run's seed for the student's branch
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Armada(Method):
         self.projection = setting.training.projection or self.reading.projection
         # a seed of its own: aligner and student branch must not start equal
         student.add_branch(
-            shared, setting.seed + 1_000_003, self.reading.init, self.projection == "fixed"
+            shared, setting.seed + BRANCH_SEED, self.reading.init, self.projection == "fixed"
         )
         soft = setting.training.soft or self.reading.soft
         self.soft = losses.choose(losses.SOFT, soft, "soft loss")
@@ -86,11 +88,11 @@ class Armada(Method):
                 "soft loss 'kl' needs classes; for a regression task choose norm or mse"
             )
         self.manifold = losses.choose(losses.MANIFOLD, self._distance(), "manifold loss")
-        if setting.kind == "regression":
+        if setting.kind in LOSS:
             student.centre(setting.label_mean)
             if self.aligner is not None:
                 for head in (self.aligner.output_head, self.aligner.aux_head):
-                    nn.init.constant_(head.bias, setting.label_mean)
+                    centre(head, setting.label_mean)
 
     def _distance(self) -> str:
         """The manifold loss to use: the reading's form of it, or the one the settings ask for."""

@@ -15,6 +15,10 @@ from armada_lib.batching import Batch, Encoded
 from armada_lib.profiles import Training
 from armada_lib.students import Student, StudentOutput
 
+# T by kind of task, and with it Phi; of every other kind cross-entropy and softmax. Heads of these
+# kinds start at what is right on average: else the encoder is first bent to say that of every text.
+LOSS = {"regression": "mse", "multilabel": "bce"}
+
 # Which parts a pass over the data trains: student and method parts together, or one of them.
 Phase = Literal["joint", "student", "aligner"]
 Terms = dict[str, Tensor]  # named, already weighted; the engine minimises their sum
@@ -67,7 +71,7 @@ class Mentor(Protocol):
 class Setting:
     """All that a method may be built from. `outputs`: width of one head (1 for a choice score)."""
 
-    kind: Literal["class", "regression", "choice", "generation"]
+    kind: Literal["class", "regression", "choice", "multilabel", "generation"]
     outputs: int
     training: Training
     seed: int
@@ -78,7 +82,8 @@ class Setting:
     manifold: str = "euclid"
     reading: str = "paper"
     width: int | None = None  # of the teacher's vectors
-    label_mean: float = 0.0
+    channels: int | None = None  # of the square picture that such a vector is; None: features
+    label_mean: float | tuple[float, ...] = 0.0  # where heads start, of kinds in `LOSS`
     mentor: Mentor | None = None
 
 
@@ -92,14 +97,15 @@ class Method:
     """
 
     reads_teacher = False
+    predicts = True  # False: the engine runs no student, and `losses` gets no output
 
     def __init__(self, setting: Setting, student: Student):
         self.setting, self.student = setting, student
         self.parts: dict[str, nn.Module] = {}
         self.partners: dict[str, nn.Module] = {}
-        self.task_loss = losses.mse if setting.kind == "regression" else losses.cross_entropy
-        self.phi = losses.identity if setting.kind == "regression" else losses.softmax
-        if setting.kind == "regression":
+        loss = LOSS.get(setting.kind, "cross_entropy")
+        self.task_loss, self.phi = losses.TASK_LOSS[loss], losses.TASK_PHI[loss]
+        if setting.kind in LOSS:
             student.centre(setting.label_mean)
 
     def learning_rate(self, part: str) -> float:
@@ -119,7 +125,14 @@ class Method:
         return self.task_loss(self.shape(logits), labels)
 
     def attach(self, data: Encoded) -> None:
-        """Called once before training, with the training examples as the student reads them."""
+        """Called once before training, with the training examples as the student reads them.
+
+        Parts and modules of the student that are added here are trained, too.
+        """
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the student reads of a batch, in training and in evaluation."""
+        return batch.inputs
 
     def before_epoch(self, number: int, epochs: int) -> None:
         """Called as epoch `number` of 0 .. epochs - 1 begins, and when a killed run goes on in it."""

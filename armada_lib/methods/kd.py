@@ -22,6 +22,7 @@ class KD(Method):
 
     Hinton, Vinyals and Dean (2015). a = `alpha`, tau = `tau`; KL is summed over classes and a mean
     over examples. A regression: (1 - a) MSE(y, z_s) + a MSE(z_t, z_s), without a temperature.
+    Several labels: sigmoid in the place of softmax, KL summed over the labels.
 
     The mentor is fine-tuned on the task and frozen; its logits are those of evaluation mode. a = 0
     is the undistilled student. With the assistant as mentor this is TAKD (Mirzadeh et al., 2020):
@@ -53,7 +54,7 @@ class KD(Method):
         z_t, z_s = self.shape(z_t), self.shape(z_s)
         if self.setting.kind == "regression":
             return losses.mse(z_s, z_t)
-        return losses.soft_kl(z_t, z_s, self.setting.tau)
+        return losses.soft_kl(z_t, z_s, self.setting.tau, self.phi)
 
     def losses(
         self, batch: Batch, out: StudentOutput | None, phase: Phase, centroid: Centroid

@@ -38,6 +38,10 @@ def objective(own: Seen, taught: Seen, labels: Tensor, counts: Tensor, setting: 
     z, t, tau = losses.identity(own.outputs), losses.identity(taught.outputs), setting.tau
     if setting.kind == "regression":
         task, soft = (z - labels).square(), (z - t).square()
+    elif setting.kind == "multilabel":
+        task = F.binary_cross_entropy_with_logits(z, labels, reduction="none").mean(-1)
+        gap = losses.sigmoid(z / tau) - losses.sigmoid(t / tau)
+        soft = tau**2 * gap.square().mean(-1)
     else:
         task = F.cross_entropy(z, labels, reduction="none")
         gap = losses.softmax(z / tau) - losses.softmax(t / tau)

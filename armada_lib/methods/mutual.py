@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from armada_lib import losses
 from armada_lib.batching import Batch, Encoded
-from armada_lib.methods.base import Centroid, Mentor, Method, Phase, Setting, Terms
-from armada_lib.students import Student, StudentOutput
+from armada_lib.methods.base import LOSS, Centroid, Mentor, Method, Phase, Setting, Terms
+from armada_lib.students import Student, StudentOutput, centre
 
 TWIN_SEED = 2_000_003  # added to the run's seed: two equal students would have nothing to say
 
@@ -45,11 +45,13 @@ def counterpart(batch: Batch, data: Encoded, packed: bool) -> tuple[Batch, Tenso
 def divergence(target: Tensor, own: Tensor, kind: str) -> Tensor:
     """KL(softmax(target) || softmax(own)), mean over examples, (b, c) each; the target is detached.
 
-    For a regression the mean squared difference of the scores, (b,) each: they have no softmax.
+    For a regression the mean squared difference of the scores, (b,) each: they have no softmax. For
+    several labels sigmoid, summed over them.
     """
     if kind == "regression":
         return losses.mse(own, target.detach())
-    return losses.soft_kl(target.detach(), own, 1.0)
+    phi = losses.sigmoid if kind == "multilabel" else losses.softmax
+    return losses.soft_kl(target.detach(), own, 1.0, phi)
 
 
 @contextlib.contextmanager
@@ -100,7 +102,7 @@ class DML(Method):
         else:
             mentor = mentor_of(setting, "dml")
             self.peer, self.data = mentor.start(), mentor.data
-        if setting.kind == "regression":
+        if setting.kind in LOSS:
             self.peer.centre(setting.label_mean)
         self.partners["peer"] = self.peer
 
@@ -168,7 +170,7 @@ class ProKT(Method):
             head: Any = model.family.head(model.model)
             nn.init.zeros_(head.weight)
             if head.bias is not None:
-                nn.init.constant_(head.bias, setting.label_mean * (setting.kind == "regression"))
+                centre(head, setting.label_mean if setting.kind in LOSS else 0.0)
         self.partners["teacher"] = self.teacher
 
     def learning_rate(self, part: str) -> float:

@@ -1,7 +1,7 @@
 """Pre-training on texts and pictures: VisualBERT and VL-BERT in one stream, ViLBERT in two.
 
 In all three a picture is r regions of k numbers (`visual.regions`; `training.regions`, 16 unless
-set, and `training.channels`: 4 for latents, 1 for grey frames, None for features). The sources'
+set, and `setting.channels`: 4 for latents, 1 for grey frames, None for features). The sources'
 regions are some 36 boxes of an object detector with 2048 features each; here they are the squares
 of a grid over what a teacher drew for the text. Corpus: the texts of the stage's data.
 """
@@ -17,18 +17,20 @@ from torch import Tensor, nn
 from armada_lib.batching import Batch
 from armada_lib.methods import visual
 from armada_lib.methods.base import Centroid, Phase, Setting, Terms
+from armada_lib.profiles import Training
 from armada_lib.students import Student, StudentOutput
 
 
 class _Regional(visual.Stage):
     """What the three share: cut pictures, and the sum of a word's embeddings before its norm."""
 
+    @staticmethod
+    def check(training: Training, width: int, channels: int | None) -> None:
+        visual.regions(torch.empty(1, width), training.regions, channels)
+
     def __init__(self, setting: Setting, student: Student):
-        t = setting.training
-        self.count = getattr(t, "regions", None) or visual.REGIONS
-        self.channels: int | None = getattr(t, "channels", None)
-        if setting.width is not None:  # an impossible cut stops here
-            self.size = self.cut(torch.empty(1, setting.width)).shape[2]
+        self.count, self.channels = setting.training.regions, setting.channels
+        self.size = (setting.width or 0) // self.count
         super().__init__(setting, student)
 
     def cut(self, pictures: Tensor) -> Tensor:

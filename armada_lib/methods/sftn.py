@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from armada_lib import losses
 from armada_lib.batching import Batch
-from armada_lib.methods.base import Centroid, Method, Phase, Setting, Terms
+from armada_lib.methods.base import LOSS, Centroid, Method, Phase, Setting, Terms
 from armada_lib.methods.layers import Watch, bert
 from armada_lib.students import Student, StudentOutput
 
@@ -68,7 +68,7 @@ class SFTNTeacher(Method):
     def __init__(self, setting: Setting, student: Student, small: Student):
         super().__init__(setting, student)
         self.watch = Watch(student)
-        if setting.kind == "regression":
+        if setting.kind in LOSS:
             small.centre(setting.label_mean)
         small.expand()  # its vocabulary goes: let no copy hold the whole table
         encoder = bert(small)
@@ -121,7 +121,7 @@ class SFTNTeacher(Method):
         a, b = self.shape(branch), self.shape(own)
         if self.setting.kind == "regression":
             return losses.mse(b, a)
-        return losses.soft_kl(a, b, self.setting.tau)
+        return losses.soft_kl(a, b, self.setting.tau, self.phi)
 
     def finish(self) -> None:
         self.watch.close()

@@ -106,6 +106,8 @@ class TinyBERT(KD):
             return self._layers(batch)
         if self.setting.kind == "regression":
             return {"task": self.task(out.logits, batch.labels)}
+        if self.setting.kind == "multilabel":  # cross-entropy of c yes-or-no questions, as T is
+            return {"soft": self.task_loss(out.logits, self.phi(self.taught(batch)))}
         p_t = self.shape(self.taught(batch)).softmax(-1)
         log_p = self.shape(out.logits).float().log_softmax(-1)
         return {"soft": -(p_t * log_p).sum(-1).mean()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from armada_lib.batching import Batch, Encoded
 from armada_lib.methods.base import Centroid, Phase, Setting, Terms
 from armada_lib.methods.visual import MLMHead, Stage, head, init, padded, spread
+from armada_lib.profiles import Training
 from armada_lib.students import Student, StudentOutput
 
 MARGIN = 1.0
@@ -101,19 +102,21 @@ class VidLanKD(Stage):
     more than a mean needs (here not); the code leaves the clip's vector at its length (here it has
     length 1, as the tokens' have). "Vid-Voken" may be the source's own baseline, voken
     classification with video, and not this.
-    Differs: the clip is one vector that a teacher of this project made of the text, not features of
-    frames, and which one it is makes the two variants (their ResNet and CLIP are others here); both
+    Differs: the clip is one vector that a teacher made of the text, not features of frames, and which
+    one it is makes the two variants: w/ResNet reads the first frame of the profile's video teacher,
+    w/CLIP an image encoder's features of a picture (`settings.Pictured`: `video`, `frames`); both
     models start from the student's checkpoint and read the task's texts, where the source trains
     from scratch on HowTo100M and Wikipedia. NST has the teacher's own term, a constant, so that 0 is
     its least value, and is a mean over texts without a division by their length.
     """
 
+    @staticmethod
+    def check(training: Training, width: int, channels: int | None) -> None:
+        halves("the stage of vidlankd", training.epochs, training.first_epochs)
+
     def __init__(self, setting: Setting, student: Student):
-        self.first = halves(
-            "vidlankd",
-            setting.training.epochs,
-            getattr(setting.training, "first_epochs", None),
-        )
+        t = setting.training
+        self.first = halves("the stage of vidlankd", t.epochs, t.first_epochs)
         super().__init__(setting, student)
         # The engine moves every part of a phase. These move with the student alone, so until
         # `finish` they are the student's.

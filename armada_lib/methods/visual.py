@@ -1,8 +1,9 @@
 """What the multimodal baselines share: pictures as regions, masked words, and a stage of pre-training.
 
 A stage trains the student's encoder on texts and their pictures; `batch.teacher` (n, m) holds the
-picture that a teacher made of each text. What a stage adds is dropped at its end: afterwards the
-student reads text alone.
+picture that a teacher made of each text, each of its numbers standardised over the training texts
+(A24), so that not the scale of a teacher's numbers decides how much a picture counts beside words.
+What a stage adds is dropped at its end: afterwards the student reads text alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from armada_lib.batching import Batch, Packing, pack
 from armada_lib.methods.base import Method, Setting
 from armada_lib.methods.layers import bert
+from armada_lib.profiles import Training
 from armada_lib.students import Student
 
 SHARE = 0.15  # of the words, and of the regions, that are hidden and asked for
@@ -84,8 +86,7 @@ def mispair(pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 def mask_id(student: Student) -> int:
     """The [MASK] token as the student's (compact) embeddings number it; ValueError if not set."""
-    found = getattr(student, "mask_id", None)
-    if not isinstance(found, int):
+    if (found := student.mask_id) is None:
         raise ValueError(
             "a stage that masks words needs the id of [MASK] among the student's embeddings: set "
             "student.mask_id, and keep that row when the vocabulary is made compact"
@@ -256,10 +257,15 @@ class Stage(Method):
 
     predicts = False
 
+    @staticmethod
+    def check(training: Training, width: int, channels: int | None) -> None:
+        """ValueError for settings with which the stage cannot work on pictures of this form."""
+
     def __init__(self, setting: Setting, student: Student):
         self.encoder = bert(student)
         if setting.width is None:
             raise ValueError(f"{type(self).__name__} reads pictures; the setting has no width")
+        self.check(setting.training, setting.width, setting.channels)
         super().__init__(setting, student)
         self.width, self.mask = setting.width, mask_id(student)
         self.special, self.vocabulary = special_ids(student), len(self.table)

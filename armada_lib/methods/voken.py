@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from armada_lib.batching import Batch, Encoded
 from armada_lib.methods import visual
 from armada_lib.methods.base import Centroid, Phase, Setting, Terms
+from armada_lib.profiles import Training
 from armada_lib.students import Student, StudentOutput
 
 LAYERS = 4  # last layers of the frozen text encoder that the match model reads
@@ -20,7 +21,6 @@ INNER, COMMON, DROP = 256, 64, 0.3  # of the match model
 MARGIN = 0.5
 RATE = 1e-3  # of the match model
 SHARE = 0.25  # of the epochs, for the match model
-PICTURES = 50_000
 CHUNK = 64  # texts or pictures looked at together when vokens are assigned
 
 
@@ -29,8 +29,8 @@ def match_epochs(epochs: int, chosen: int | None) -> int:
     first = max(1, round(epochs * SHARE)) if chosen is None else chosen
     if first >= epochs:
         raise ValueError(
-            f"img_voken trains its match model first: {first} of {epochs} epochs leave none for the "
-            "student; give it at least 2 epochs, and match_epochs less than all"
+            f"vokenization trains its match model first: {first} of {epochs} epochs leave none for "
+            "the student; stage_epochs must be at least 2, and match_epochs less than that"
         )
     return first
 
@@ -97,11 +97,17 @@ class Vokenization(visual.Stage):
     vokens are pictures that stage 1 has not seen. Here both stages share the texts and their
     pictures, and the student begins as its checkpoint.
     Unsure: whether the source's match model ranks special tokens, too.
+
+    The paper's Vid-Vokens (Table 8) are read as this with videos: w/ResNet gets the first frames of
+    the profile's video teacher, w/CLIP an image encoder's features of pictures
+    (`settings.Pictured`: `video`, `frames`), where the source's frames pass ResNet and CLIP.
     """
 
+    @staticmethod
+    def check(training: Training, width: int, channels: int | None) -> None:
+        match_epochs(training.epochs, training.match_epochs)
+
     def __init__(self, setting: Setting, student: Student):
-        self.chosen_epochs: int | None = getattr(setting.training, "match_epochs", None)
-        match_epochs(setting.training.epochs, self.chosen_epochs)  # an impossible split stops here
         super().__init__(setting, student)
         # The engine moves every part of a phase. The heads move in stage 2 with the student alone,
         # so until `finish` they are the student's.
@@ -120,16 +126,16 @@ class Vokenization(visual.Stage):
         return (t.partner_lr or RATE) if part == "match" else t.student_lr
 
     def schedule(self, epochs: int) -> list[Phase]:
-        first = match_epochs(epochs, self.chosen_epochs)
+        first = match_epochs(epochs, self.setting.training.match_epochs)
         return ["aligner"] * first + ["student"] * (epochs - first)  # type: ignore[return-value]
 
     def attach(self, data: Encoded) -> None:
         """Copy the encoder as it came, choose the pictures, make the heads."""
         if data.per_example != 1:
-            raise ValueError("img_voken reads plain texts, not a task whose examples have several")
+            raise ValueError("vokenization reads plain texts, not examples of several")
         self.data, self.offsets = data, torch.from_numpy(np.cumsum(data.lengths) - data.lengths)
         self.start = copy.deepcopy(self.encoder).eval().requires_grad_(False)
-        bound = getattr(self.setting.training, "vokens", None) or PICTURES
+        bound = self.setting.training.vokens
         rng = np.random.default_rng([self.setting.seed, 7])
         self.chosen = np.sort(rng.permutation(len(data))[:bound])  # texts whose pictures are vokens
         with torch.random.fork_rng(devices=[]):

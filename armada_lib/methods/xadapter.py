@@ -25,7 +25,6 @@ from armada_lib.methods.base import Centroid, Method, Phase, Setting, Terms
 from armada_lib.methods.layers import bert
 from armada_lib.methods.vidlankd import halves
 from armada_lib.methods.visual import (
-    REGIONS,
     MLMHead,
     init,
     mask_id,
@@ -34,7 +33,8 @@ from armada_lib.methods.visual import (
     slots,
     special_ids,
     spread,
-)
+)  # fmt: skip
+from armada_lib.profiles import Training
 from armada_lib.students import Student, StudentOutput
 from armada_lib.teachers import common
 
@@ -220,7 +220,7 @@ class XAdapter(Method):
     T-expert (the default; the source's choice for language understanding): the states of a frozen
     text encoder, `training.text_encoder`, by default the student's own as it came; the words that
     are masked are hidden from it, too. V-expert (`pictures`): the r regions of the picture that a
-    teacher made of the text (`training.regions`, `channels`). At test time each is read as in
+    teacher made of the text (`training.regions`, `setting.channels`). At test time each is read as in
     training: the one needs text alone, the other the pictures of the evaluated texts.
 
     Source: Zhang, Tan, Wu and Yu 2023, "Towards Versatile and Efficient Visual Knowledge Integration
@@ -235,26 +235,29 @@ class XAdapter(Method):
     ValueError without `student.mask_id`, for a student that is no BERT, and for a run of one epoch.
     """
 
+    @staticmethod
+    def check(training: Training, width: int | None, channels: int | None) -> None:
+        """ValueError for settings with which it cannot work; `width` None: it reads no pictures."""
+        halves("x_adapter", training.epochs, training.first_epochs)
+        if width is not None:
+            regions(torch.empty(1, width), training.regions, channels)
+
     def __init__(self, setting: Setting, student: Student, pictures: bool = False):
         t = setting.training
-        self.first = halves("x_adapter", t.epochs, getattr(t, "first_epochs", None))
+        self.check(t, setting.width if pictures else None, setting.channels)
+        self.first = halves("x_adapter", t.epochs, t.first_epochs)
         super().__init__(setting, student)
-        self.encoder, self.mask, self.special = (
-            bert(student),
-            mask_id(student),
-            special_ids(student),
-        )
+        self.encoder = bert(student)
+        self.mask, self.special = mask_id(student), special_ids(student)
         self.reads_teacher = pictures
-        self.count = getattr(t, "regions", None) or REGIONS
-        self.channels: int | None = getattr(t, "channels", None)
+        self.count, self.channels = t.regions, setting.channels
         source: Own | Other | None = None
         if pictures:
             if setting.width is None:
                 raise ValueError("the V-expert reads pictures; the setting has no width")
             memory = self.cut(torch.empty(1, setting.width)).shape[2]
         else:
-            reference = getattr(t, "text_encoder", None)
-            source = Other(reference) if reference else Own(student)
+            source = Other(t.text_encoder) if t.text_encoder else Own(student)
             memory = source.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(setting.seed + 9_000_011)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from armada_lib import chapter, gentasks, profiles, report
-from armada_lib.methods import METHODS
+from armada_lib.methods import METHODS, TABLE_7, TABLE_8
 from armada_lib.profiles import Profile, StudentSpec, TeacherSpec, check
 from armada_lib.results import RunSpec, RunStore
 
@@ -113,8 +113,9 @@ def profile_of(got: dict[str, Any]) -> tuple[str, Profile]:
 
 
 def methods_of(value: Any, usual: Sequence[str]) -> list[str]:
-    """The chosen methods, with `undistilled` among them."""
-    chosen = several(value, usual, METHODS, "method")
+    """The chosen methods, with `undistilled` among them; a name of Table 7 or 8 means its method."""
+    printed = TABLE_7 | TABLE_8
+    chosen = [check(printed.get(m, m), METHODS, "method") for m in several(value, usual)]
     # a gain needs what it is a gain over
     return chosen if "undistilled" in chosen else ["undistilled", *chosen]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from armada_lib import profiles, report, results
-from armada_lib.plans.common import cast, mentors_of, seeds_said
+from armada_lib.plans.common import cast, mentors_of, played, seeds_said
 from armada_lib.profiles import check
 from armada_lib.results import Result, RunSpec
 
@@ -57,7 +57,11 @@ class Evidence:
             else f"{counts.min()} to {seeds_said(counts.max())}"
         )
         mentors = mentors_of(r["spec"] for r in self.records)
-        who = cast(profiles.load(one.profile), one.student, self.teachers, mentors)
+        p = profiles.load(one.profile)
+        *others, last = dict.fromkeys(r["spec"].student for r in self.records)
+        who = "; ".join(
+            [*(played(p.student(s)) for s in others), cast(p, last, self.teachers, mentors)]
+        )
         return f"profile {one.profile}; {who}; {seeds}"
 
     @property

@@ -41,7 +41,9 @@ def looks(ns: dict[str, Any]) -> Looks:
     """Check the parameters of the page on teachers; nothing is computed yet."""
     got = chapter.params(ns, TEACHER_PARAMETERS)
     name, p = profile_of(got)
-    chosen = several(got["teachers"], list(p.teachers), p.teachers, f"teacher (profile {name})")
+    # posters belong to films: of other texts there is none, or what another teacher paints already
+    usual = [t for t in p.teachers if t != "posters"]
+    chosen = several(got["teachers"], usual, p.teachers, f"teacher (profile {name})")
     wanted = several(got["tasks"], LOOKED_AT, task_table.TASKS, "task")
     RunStore().check()
     return Looks(name, chosen, views.sentences(name, wanted))

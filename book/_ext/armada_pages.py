@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 # What a notebook's outputs depend on besides its own cells.
-WATCH = ("armada_lib", "params", "book/data", "book/published", "book/results")
+WATCH = (
+    "armada_lib", "params", "book/data", "book/published", "book/results", "book/ledger.yaml",
+)  # fmt: skip
 
 
 def digest(root: Path) -> str:
     """One hash over names and bytes of all watched files."""
     h = hashlib.sha256()
     for top in WATCH:
-        for path in sorted((root / top).rglob("*")):
+        for path in sorted([root / top, *(root / top).rglob("*")]):
             if path.is_file() and "__pycache__" not in path.parts:
                 h.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return h.hexdigest()
