@@ -116,10 +116,10 @@ def test_the_baselines_share_student_data_and_budget():
 
 
 def test_the_baselines_with_pictures_have_a_plan_of_their_own():
-    asked = dict(profile="smoke", teacher="sd14", student="auto", mentor="auto", tasks="auto",
+    asked = dict(profile="mini", teacher="sd14", student="auto", mentor="auto", tasks="qqp",
                  methods="auto", manifold="euclid", seeds="auto", workers=None, keep="")  # fmt: skip
     unimodal, pictured = plans.baselines(dict(asked))
-    block = profiles.load("smoke").baselines.multimodal
+    block = profiles.load("mini").baselines.multimodal
     assert [s.method for s in pictured.specs] == block.methods
     assert set(TABLE_8.values()) < {s.method for s in pictured.specs}
     assert not {s.method for s in pictured.specs} & {m for m in METHODS if METHODS[m].mentor}
