@@ -137,8 +137,10 @@ def every(
                 bar.update()
             return
         with pool(min(workers, len(jobs))) as processes:
-            for done in as_completed([processes.submit(work, *job) for _, job in jobs]):
+            labels = {processes.submit(work, *job): label for label, job in jobs}
+            for done in as_completed(labels):
                 done.result()
+                bar.set_postfix_str(labels[done])
                 bar.update()
 
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from armada_lib import evaluation, mentors, runs, transfer
 from armada_lib.aligner import TSAligner
 from armada_lib.batching import Encoded
-from armada_lib.extraction import extract
+from armada_lib.extraction import every, extract
 from armada_lib.files import write_tensors
 from armada_lib.gentasks import SUITES
 from armada_lib.methods import Method
@@ -253,7 +253,7 @@ def study(
     workers = max(1, min(workers, len(missing)))
     extract(missing, store, workers, progress)
     mentors.prepare(missing, store, runs.compute, workers, progress)
-    runs.each(_probe, missing, store, workers, progress)
+    every(_probe, [(s.label, (s, store.root)) for s in missing], workers, "probe", progress)
     return [probe(s, store) for s in specs]
 
 

@@ -8,17 +8,15 @@ import gc
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from armada_lib import encoding, engine, evaluation, mentors, profiles, starts, students, tuning
 from armada_lib.batching import Encoded
-from armada_lib.extraction import attach, extract, pool
+from armada_lib.extraction import attach, every, extract
 from armada_lib.gentasks import SUITES
 from armada_lib.methods import METHODS, Setting
 from armada_lib.results import Result, RunSpec, RunStore, environment, peak_memory
@@ -198,33 +196,8 @@ def study(
     extract(missing, store, workers, progress)
     mentors.prepare(missing, store, compute, workers, progress)
     starts.prepare(missing, store, workers, progress)
-    each(_run, missing, store, workers, progress)
+    every(_run, [(s.label, (s, store.root)) for s in missing], workers, "run", progress)
     return [run(s, store) for s in specs]
-
-
-def each(
-    job: Callable[[RunSpec, Path], None],
-    missing: Sequence[RunSpec],
-    store: RunStore,
-    workers: int,
-    progress: bool = True,
-) -> None:
-    """Call `job(spec, root of the store)`, a function of a module, for every spec, in `workers` processes."""
-    with tqdm(
-        total=len(missing), desc="runs", unit="run", disable=not progress or not missing
-    ) as bar:
-        if workers <= 1:
-            for s in missing:
-                bar.set_postfix_str(s.label)
-                job(s, store.root)
-                bar.update()
-        else:
-            with pool(workers) as processes:
-                jobs = {processes.submit(job, s, store.root): s for s in missing}
-                for done in as_completed(jobs):
-                    done.result()
-                    bar.set_postfix_str(jobs[done].label)
-                    bar.update()
 
 
 def _run(s: RunSpec, root: Path) -> None:
