@@ -233,7 +233,7 @@ def gap(values: Sequence[float]) -> str:
         return "–"
     s = stats.summary(values)
     around = report.interval(s.low, s.high) if s.n > 2 else ""
-    return f"{s.mean:+.1f}".replace("-", "−") + around
+    return report.signed(s.mean) + around
 
 
 def needs_teacher(df: pd.DataFrame) -> tuple[str, str]:

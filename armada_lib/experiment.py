@@ -23,7 +23,8 @@ from filelock import Timeout
 from pydantic import Field, ValidationError, model_validator
 
 from armada_lib import profiles, results, runs, specs
-from armada_lib.extraction import extract, pool
+from armada_lib.extraction import pool
+from armada_lib.files import write_text
 from armada_lib.methods import METHODS
 from armada_lib.results import RunSpec, RunStore
 from armada_lib.settings import Loss, Strict, check
@@ -303,7 +304,7 @@ def repeat(job: Job, study: Study, store: RunStore) -> tuple[pd.DataFrame, bool]
             raise ValueError(f"{job.name} is neither in {store.root} nor in {path.name}")
         stored = kept[job.spec.key]["scores"]
     store.check()
-    extract([job.spec], store)
+    runs.prepare([job.spec], store)
     with tempfile.TemporaryDirectory() as folder:
         again = runs.compute(job.spec, store, state=Path(folder) / "state.safetensors").scores
     table = pd.DataFrame({"stored": stored, "again": again}).rename_axis("head").reset_index()
@@ -335,7 +336,5 @@ def export(study: Study, store: RunStore, folder: Path | None = None) -> tuple[P
     for r in found:
         labels[r.spec.data_id] = [round(float(y), 3) for y in r.labels]
     results.export([*old.values(), *found], path)
-    temporary = beside.with_suffix(".tmp")
-    temporary.write_text(json.dumps(labels, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(beside)
+    write_text(beside, json.dumps(labels, sort_keys=True) + "\n")
     return path, len(own & (old.keys() | {r.spec.key for r in found}))

@@ -17,6 +17,14 @@ class Damaged(ValueError):
     """A file that does not hold what was written to it; it is removed."""
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file, its line ends as they are: to a temporary file, then renamed. Returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    return temporary.replace(path)
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str], what: str
 ) -> None:

@@ -7,12 +7,14 @@ The data set's authors give out one archive (Arevalo et al., 2017): `split.json`
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
+
+from armada_lib.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +74,9 @@ def convert(archive: Path, data: Path) -> dict[str, int]:
         counts[ours] = len(rows)
     if again:
         log.warning("%d films open as another does and are given that one's poster", again)
-    temporary = archive / "index.csv.tmp"
-    with temporary.open("w", encoding="utf-8", newline="") as f:
-        table = csv.writer(f)
-        table.writerows([("text", "file"), *posters.items()])
-    os.replace(temporary, archive / "index.csv")
+    table = io.StringIO()
+    csv.writer(table).writerows([("text", "file"), *posters.items()])
+    write_text(archive / "index.csv", table.getvalue())
     return counts
 
 

@@ -11,22 +11,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from armada_lib.files import write_text
+
 Frames = dict[str, pd.DataFrame]
 
 
 def write(frames: Mapping[str, pd.DataFrame], path: str | Path) -> Path:
     """Write frames by name; numbers with six digits, a missing one as null. Returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     blocks = []
     for name in sorted(frames):
         rows = [json.dumps([_plain(v) for v in r]) for r in frames[name].itertuples(index=False)]
         head = json.dumps([str(c) for c in frames[name]])
         blocks.append(f"{json.dumps(name)}: [\n" + ",\n".join([head, *rows]) + "\n]")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return write_text(Path(path), "{\n" + ",\n".join(blocks) + "\n}\n")
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +20,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from armada_lib import evaluation, mentors, runs, transfer
+from armada_lib import evaluation, runs, transfer
 from armada_lib.aligner import TSAligner
 from armada_lib.batching import Encoded
-from armada_lib.extraction import every, extract
+from armada_lib.extraction import every
 from armada_lib.files import write_tensors
 from armada_lib.gentasks import SUITES
 from armada_lib.methods import Method
@@ -182,8 +181,7 @@ def probe(s: RunSpec, store: RunStore | None = None) -> Probe:
     with store.lock(s.key):
         if (known := load(s, store)) is not None:
             return known
-        extract([s], store, progress=False)
-        mentors.prepare([s], store, runs.compute, progress=False)
+        runs.prepare([s], store, progress=False)
         arrays: dict[str, np.ndarray] = {}
         kept: dict[str, str] = {}
 
@@ -248,11 +246,8 @@ def study(
     """Every probe, computing what is missing as `runs.study` does; the Results are stored, too."""
     store = store or RunStore()
     store.check()
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     missing = [s for s in specs if not path(s, store).exists()]
-    workers = max(1, min(workers, len(missing)))
-    extract(missing, store, workers, progress)
-    mentors.prepare(missing, store, runs.compute, workers, progress)
+    workers = runs.prepare(missing, store, workers, progress)
     every(_probe, [(s.label, (s, store.root)) for s in missing], workers, "probe", progress)
     return [probe(s, store) for s in specs]
 

@@ -117,13 +117,14 @@ def arms(df: pd.DataFrame, head: str = "student") -> pd.DataFrame:
     )
 
 
-def _signed(x: float) -> str:
-    return f"{x:+.1f}".replace("-", "−")
+def signed(x: float, digits: int = 1) -> str:
+    """ "+1.2", "−0.3": with a true minus sign."""
+    return f"{x:+.{digits}f}".replace("-", "−")
 
 
 def interval(low: float, high: float) -> str:
     """ " [low, high]" with true minus signs, or nothing where there is none."""
-    return "" if math.isnan(low) else f" [{_signed(low)}, {_signed(high)}]"
+    return "" if math.isnan(low) else f" [{signed(low)}, {signed(high)}]"
 
 
 def differences(df: pd.DataFrame, of: str, against: str = "undistilled") -> pd.DataFrame:
@@ -158,7 +159,7 @@ def scores(df: pd.DataFrame, published: pd.DataFrame | None = None) -> pd.DataFr
         printed, gain = _printed(published, r), ""
         if name in gains and task in gains[name].index:
             d = gains[name].loc[task]
-            gain = _signed(d["mean"]) + interval(d["low"], d["high"])
+            gain = signed(d["mean"]) + interval(d["low"], d["high"])
         spread = "" if s.n == 1 else f" ± {s.sd:.1f}"
         share = g["collapsed"].mean()
         rows.append({
@@ -186,7 +187,7 @@ def _printed(published: pd.DataFrame | None, r: pd.Series) -> tuple[str, str]:
     if r["method"] in BASELINES:
         own = rows[rows["method"] == BASELINES[r["method"]]]
         gain = (
-            _signed(own["value"].iloc[0] - base["value"].iloc[0]) if len(own) and len(base) else "–"
+            signed(own["value"].iloc[0] - base["value"].iloc[0]) if len(own) and len(base) else "–"
         )
         return (own["printed"].iloc[0] if len(own) else "–"), gain
     kind = profiles.load(r["profile"]).teacher(r["teacher"]).kind
@@ -194,7 +195,7 @@ def _printed(published: pd.DataFrame | None, r: pd.Series) -> tuple[str, str]:
     hit = rows[named & (rows["manifold_loss"] == r["manifold"])]
     if not len(hit) or not len(base):
         return "–", "–"
-    return hit["printed"].iloc[0], _signed(hit["value"].iloc[0] - base["value"].iloc[0])
+    return hit["printed"].iloc[0], signed(hit["value"].iloc[0] - base["value"].iloc[0])
 
 
 def gain_cells(df: pd.DataFrame) -> pd.DataFrame:
@@ -232,9 +233,9 @@ def gain_grid(df: pd.DataFrame) -> pd.DataFrame:
         d = differences(df, name)
         row = {"trained as": name}
         for x in d.itertuples():
-            row[x.title] = _signed(x.mean) + interval(x.low, x.high)
+            row[x.title] = signed(x.mean) + interval(x.low, x.high)
         a = average(df, name)
-        row["mean over tasks"] = _signed(a["mean"]) + interval(a["low"], a["high"])
+        row["mean over tasks"] = signed(a["mean"]) + interval(a["low"], a["high"])
         rows.append(row)
     out = pd.DataFrame(rows)
     titles = [t for t in map(title, (*tasks.TASKS, *gentasks.TASKS)) if t in out.columns]
@@ -287,8 +288,8 @@ def judge(
             positive &= x["mean"] > 0
             seeds.append(x["n"])
         parts.append(
-            f"{name}: {_signed(over['mean'])}{interval(over['low'], over['high'])} over undistilled, "
-            f"{_signed(beside['mean'])}{interval(beside['low'], beside['high'])} over the {beside_it}"
+            f"{name}: {signed(over['mean'])}{interval(over['low'], over['high'])} over undistilled, "
+            f"{signed(beside['mean'])}{interval(beside['low'], beside['high'])} over the {beside_it}"
         )
     over_what = "Mean over tasks, in points: " if df["task"].nunique() > 1 else "In points: "
     text = over_what + "; ".join(parts) + "."

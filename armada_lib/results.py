@@ -23,6 +23,7 @@ from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 
 from armada_lib import profiles
+from armada_lib.files import write_text
 from armada_lib.profiles import Strict, Training
 
 log = logging.getLogger(__name__)
@@ -304,11 +305,7 @@ def export(results: Iterable[Result | dict[str, Any]], path: str | Path) -> None
     ]
     lines = {r["key"]: json.dumps(r, sort_keys=True) for r in records}
     ordered = sorted(lines.values(), key=lambda s: (_order(json.loads(s)["spec"]), s))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(ordered) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(Path(path), "\n".join(ordered) + "\n")
 
 
 def _order(spec: dict[str, Any]) -> tuple[str, ...]:

@@ -58,9 +58,7 @@ def run(
         if main and (found := store.load(s.key)) is not None and accelerator is None:
             return found
         if main:
-            extract([s], store, progress=progress)
-            mentors.prepare([s], store, compute, progress=progress)
-            starts.prepare([s], store, progress=progress)
+            prepare([s], store, progress=progress)
         if accelerator is not None:
             accelerator.wait_for_everyone()
         result = compute(s, store, accelerator, progress)
@@ -165,13 +163,30 @@ def trained_student(s: RunSpec, store: RunStore | None = None) -> students.Stude
     """Train as `s` says and return the student itself, ready for `save_pretrained`."""
     store = store or RunStore()
     store.check()
-    extract([s], store)
-    mentors.prepare([s], store, compute)
-    starts.prepare([s], store)
+    prepare([s], store)
     student, method, tr = tuning.build(s, store)[:3] if s.task in SUITES else build(s, store)[:3]
     engine.train(student, method, tr, s.training, s.seed)
     student.expand()
     return student
+
+
+def prepare(
+    wanted: Sequence[RunSpec],
+    store: RunStore,
+    workers: int | None = None,
+    progress: bool = True,
+) -> int:
+    """Make what these runs read and the store lacks: vectors, mentors, starts.
+
+    Returns how many processes may compute the runs: `workers`, by default one a CPU core, or one in
+    all where a GPU is present, and never more than there are runs.
+    """
+    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    workers = max(1, min(workers, len(wanted)))
+    extract(wanted, store, workers, progress)
+    mentors.prepare(wanted, store, compute, workers, progress)
+    starts.prepare(wanted, store, workers, progress)
+    return workers
 
 
 # -- many runs ---------------------------------------------------------------------------------
@@ -190,12 +205,8 @@ def study(
     """
     store = store or RunStore()
     store.check()
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     missing = [s for s in specs if s not in store]
-    workers = max(1, min(workers, len(missing)))
-    extract(missing, store, workers, progress)
-    mentors.prepare(missing, store, compute, workers, progress)
-    starts.prepare(missing, store, workers, progress)
+    workers = prepare(missing, store, workers, progress)
     every(_run, [(s.label, (s, store.root)) for s in missing], workers, "run", progress)
     return [run(s, store) for s in specs]
 

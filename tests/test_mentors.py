@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny import Killed, mentor_checkpoint
 
 from armada_lib import encoding, engine, evaluation, files, mentors, profiles, runs, specs
 from armada_lib.methods import METHODS
@@ -28,25 +29,19 @@ TINY = {"train_size": 16, "eval_size": 8}
 @pytest.fixture(scope="session")
 def school_root(root, checkpoints, tmp_path_factory) -> Path:
     """A project with a mentor of four layers, an assistant of three of them, a student of two."""
-    from transformers import AutoModel, AutoTokenizer, BertConfig
-
     base = tmp_path_factory.mktemp("school")
     shutil.copytree(root / "book", base / "book")
     rows = (profiles.ROOT / "book/data/mini/glue/stsb/train.jsonl").read_text().splitlines()[:24]
     (base / "book/data/mini/glue/stsb").mkdir()
     for split in ("train", "validation"):
         (base / f"book/data/mini/glue/stsb/{split}.jsonl").write_text("\n".join(rows))
-    small = BertConfig.from_pretrained(checkpoints["bert"].checkpoint)
-    small.num_hidden_layers = 4
-    torch.manual_seed(8)
-    AutoModel.from_config(small).save_pretrained(base / "big")
-    AutoTokenizer.from_pretrained(checkpoints["bert"].checkpoint).save_pretrained(base / "big")
+    big = mentor_checkpoint(checkpoints["bert"].checkpoint, base / "big")
     raw = yaml.safe_load((root / "params/profiles/tiny.yaml").read_text())
     raw["students"] = {
         "bert-6l": {"checkpoint": checkpoints["bert"].checkpoint},
-        "big": {"checkpoint": str(base / "big")},
-        "middle": {"checkpoint": str(base / "big"), "layers": [0, 1, 3]},
-        "little": {"checkpoint": str(base / "big"), "layers": [1, 3]},
+        "big": {"checkpoint": big},
+        "middle": {"checkpoint": big, "layers": [0, 1, 3]},
+        "little": {"checkpoint": big, "layers": [1, 3]},
     }
     raw["baselines"] |= {"student": "little", "mentor": "big", "assistant": "middle"}
     (base / "params/profiles").mkdir(parents=True)
@@ -326,10 +321,6 @@ def test_the_best_epoch_is_the_last_that_counts(school):
 
 
 # -- kills, workers, damage --------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize("at", [1, 3, 5, 6, 7])

@@ -16,7 +16,7 @@ import torch
 import yaml
 from sklearn.metrics import f1_score
 from test_results import result, run_spec
-from tiny import alike, killed_and_resumed, rows, same, setting, weights
+from tiny import alike, killed_and_resumed, mentor_checkpoint, rows, same, setting, weights
 
 from armada_lib import (
     chapter,
@@ -519,25 +519,19 @@ def test_both_metrics_make_tables_beside_the_papers(monkeypatch):
 @pytest.fixture(scope="session")
 def cinema_root(root, checkpoints, tmp_path_factory) -> Path:
     """A project with a few films; a mentor of four layers, an assistant of three, a student of two."""
-    from transformers import AutoModel, AutoTokenizer, BertConfig
-
     base = tmp_path_factory.mktemp("cinema")
     (base / "book/data/mini/mmimdb/mmimdb").mkdir(parents=True)
     for split in ("train", "validation"):
         lines = (ROOT / f"book/data/mini/mmimdb/mmimdb/{split}.jsonl").read_text().splitlines()
         path = base / f"book/data/mini/mmimdb/mmimdb/{split}.jsonl"
         path.write_text("\n".join(lines[:24]))
-    small = BertConfig.from_pretrained(checkpoints["bert"].checkpoint)
-    small.num_hidden_layers = 4
-    torch.manual_seed(8)
-    AutoModel.from_config(small).save_pretrained(base / "big")
-    AutoTokenizer.from_pretrained(checkpoints["bert"].checkpoint).save_pretrained(base / "big")
+    big = mentor_checkpoint(checkpoints["bert"].checkpoint, base / "big")
     raw = yaml.safe_load((root / "params/profiles/tiny.yaml").read_text())
     raw["students"] = {
         "bert-6l": {"checkpoint": checkpoints["bert"].checkpoint},
-        "bert-base": {"checkpoint": str(base / "big")},
-        "middle": {"checkpoint": str(base / "big"), "layers": [0, 1, 3]},
-        "little": {"checkpoint": str(base / "big"), "layers": [1, 3]},
+        "bert-base": {"checkpoint": big},
+        "middle": {"checkpoint": big, "layers": [0, 1, 3]},
+        "little": {"checkpoint": big, "layers": [1, 3]},
     }
     painter = {**raw["teachers"]["sd14"], "name": "sd14"}
     raw["teachers"]["posters"] = {"kind": "blackbox", "source": "painter", "painter": painter,

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_mentors import Killed, spoil
+from test_mentors import spoil
+from tiny import Killed, killed
 
 from armada_lib import encoding, engine, evaluation, extraction, profiles, runs, specs, starts
 from armada_lib.batching import Encoded
@@ -240,22 +241,14 @@ def test_a_killed_stage_leaves_nothing_wrong_and_goes_on(
     gallery, tmp_path, monkeypatch, method, at
 ):
     monkeypatch.setenv("ARMADA_SAVE_EVERY", "0")
-    s, save, taken = spec(method, batch_size=4), engine.save, []
+    s, taken = spec(method, batch_size=4), []
     monkeypatch.setattr(Method, "after_step", lambda self, step: taken.append(step))
     whole = ready(s, RunStore(tmp_path / "whole"))
     assert taken == list(range(1, 9))
     taken.clear()
     store = RunStore(tmp_path / "killed")
-
-    def save_and_die(acc, path, student, method, optimisers, progress):
-        save(acc, path, student, method, optimisers, progress)
-        if progress.step >= at:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "save", save_and_die)
-        with pytest.raises(Killed):
-            ready(s, store)
+    with killed(monkeypatch, at):
+        ready(s, store)
     home = store.root / "starts" / s.start_id
     assert [p.name for p in home.iterdir()] == ["state.safetensors"] and taken[-1] == at
     (home / "left.tmp").write_bytes(b"half")

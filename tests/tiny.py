@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -75,6 +76,18 @@ def experiment(
     return student, m, engine.train(student, m, data, s.training, s.seed, **(run or {}))
 
 
+def mentor_checkpoint(checkpoint: str, folder: Path) -> str:
+    """A checkpoint of four layers, otherwise as `checkpoint`, with its tokenizer; returns the folder."""
+    from transformers import AutoModel, AutoTokenizer, BertConfig
+
+    config = BertConfig.from_pretrained(checkpoint)
+    config.num_hidden_layers = 4
+    torch.manual_seed(8)
+    AutoModel.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    return str(folder)
+
+
 def weights(module) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in module.named_parameters()}
 
@@ -87,10 +100,9 @@ class Killed(BaseException):
     pass
 
 
-def killed_and_resumed(build, monkeypatch, state, at):
-    """(whole run, resumed run), each (student, method, Trained); `build()` makes the first three."""
-    run = lambda s, m, d, **kw: (s, m, engine.train(s, m, d, m.setting.training, 0, **kw))
-    whole = run(*build())
+@contextlib.contextmanager
+def killed(monkeypatch, at):
+    """What is trained here dies as it saves its state at step `at` or later; it has to."""
     save = engine.save
 
     def save_and_die(acc, path, student, method, optimisers, progress):
@@ -101,7 +113,15 @@ def killed_and_resumed(build, monkeypatch, state, at):
     with monkeypatch.context() as patch:
         patch.setattr(engine, "save", save_and_die)
         with pytest.raises(Killed):
-            run(*build(), state=state, save_every=0.0)
+            yield
+
+
+def killed_and_resumed(build, monkeypatch, state, at):
+    """(whole run, resumed run), each (student, method, Trained); `build()` makes the first three."""
+    run = lambda s, m, d, **kw: (s, m, engine.train(s, m, d, m.setting.training, 0, **kw))
+    whole = run(*build())
+    with killed(monkeypatch, at):
+        run(*build(), state=state, save_every=0.0)
     assert state.exists()
     return whole, run(*build(), state=state, save_every=0.0)
 

@@ -52,7 +52,7 @@ def judged(found: tuple[str, str], short: str, e: plans.Evidence, seeds: str = "
 
 
 def _gap(x: Mapping[str, float]) -> str:
-    return f"{x['mean']:+.1f}".replace("-", "−") + report.interval(x["low"], x["high"])
+    return report.signed(x["mean"]) + report.interval(x["low"], x["high"])
 
 
 def _chosen(e: plans.Evidence, tasks: Sequence[str] = ()) -> pd.DataFrame:

@@ -25,7 +25,7 @@ OUTCOME = {MATTERS: "reproduced", HARMS: "not reproduced", NOT: "not reproduced"
 
 def signed(x: float) -> str:
     """Two decimals with a true sign: one example of CoLA is a tenth of a point."""
-    return f"{x:+.2f}".replace("-", "−")
+    return report.signed(x, 2)
 
 
 def _span(c: Contrast) -> str:
