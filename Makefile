@@ -5,6 +5,8 @@ PYTHON ?= python3.11
 TORCH_INDEX ?=
 # One benchmark by name: make bench ONLY=memory_over_trainer
 ONLY ?=
+# What prints the book: any Chromium
+BROWSER ?= chromium
 # Test processes side by side
 JOBS ?= 2
 
@@ -21,7 +23,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup nlu test book lab check bench clean
+.PHONY: help setup nlu test book pdf lab check bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -66,6 +68,18 @@ book: $(READY)  ## build the book from a clean tree into _build/html
 	@test -f _build/html/index.html || { echo "no _build/html/index.html was made"; exit 1; }
 	@touch _build/.complete
 	@echo "==> open _build/html/index.html"
+
+# One page of the whole book, from what `make book` has read and run: its links count from its own folder.
+pdf: $(READY)  ## print the built book into _build/book.pdf, with Chromium and without TeX
+	@test -f _build/.complete || { echo "no finished book in _build: make book comes first"; exit 1; }
+	@command -v $(BROWSER) >/dev/null || { \
+	  echo "Chromium not found as '$(BROWSER)'; name another: make pdf BROWSER=google-chrome"; exit 1; }
+	$(BIN)/jupyter-book build . --builder singlehtml
+	cp _build/singlehtml/book/intro.html _build/singlehtml/book.html
+	$(BROWSER) --headless --disable-gpu --disable-background-networking --host-resolver-rules="MAP * ~NOTFOUND" \
+	  $(if $(filter 0,$(shell id -u)),--no-sandbox) --virtual-time-budget=120000 --no-pdf-header-footer \
+	  --print-to-pdf=_build/book.pdf "file://$(CURDIR)/_build/singlehtml/book.html"
+	@test -s _build/book.pdf && echo "==> open _build/book.pdf"
 
 lab: $(VENV)/.ready-lab  ## open JupyterLab to read and re-run the chapters
 	$(BIN)/jupyter lab book

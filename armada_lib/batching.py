@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
 
 PACKED = "armada_packed"
 GROUPS = 4  # length groups in a packed batch; more groups pad less and launch more kernels
@@ -136,7 +135,12 @@ def _padded(x: torch.Tensor, g: Group, heads: int, width: int) -> torch.Tensor:
     return x.view(g.count, g.longest, heads, width).transpose(1, 2)
 
 
-AttentionInterface.register(PACKED, packed_attention)
+def packed() -> str:
+    """The name under which transformers knows packed attention, from this call on."""
+    from transformers import AttentionInterface  # takes seconds: only where a model is loaded
+
+    AttentionInterface.register(PACKED, packed_attention)
+    return PACKED
 
 
 def pooled_attention(

@@ -14,6 +14,7 @@ import re
 import textwrap
 import types
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -259,15 +260,18 @@ def _plain(value: str) -> str:
 
 
 def source(*functions: Any) -> None:
-    """Show the source of functions or methods as it stands now, under the name of its file."""
+    """Show the source of functions, methods or whole files as it stands now, with the file's name."""
     parts = []
     for f in functions:
+        if isinstance(f, Path):
+            parts.append((str(f.relative_to(ROOT)), f.read_text(encoding="utf-8").rstrip()))
+            continue
         module = inspect.getmodule(f)
         name = f"{module.__name__.replace('.', '/')}.py" if module else ""
         parts.append((name, textwrap.dedent(inspect.getsource(f)).rstrip()))
     _show(
         ":::::{div} source\n"
-        + "\n\n".join(f"`{name}`\n\n````python\n{code}\n````" for name, code in parts)
+        + "\n\n".join(f"`{name}`\n\n````{_language(name)}\n{code}\n````" for name, code in parts)
         + "\n:::::",
         "".join(f"<p><small><code>{html.escape(name)}</code></small></p><pre>{html.escape(code)}</pre>"
                 for name, code in parts),
@@ -275,13 +279,18 @@ def source(*functions: Any) -> None:
     )  # fmt: skip
 
 
-def verdict(criterion: str, outcome: str, text: str) -> None:
+def _language(name: str) -> str:
+    return "yaml" if name.endswith((".yaml", ".yml")) else "python"
+
+
+def verdict(criterion: str, outcome: str, text: str, title: str | None = None) -> None:
     """Show what was to be met (stated before the number), whether it was, and what that means.
 
     `criterion` and `text` are MyST; `outcome` is a key of `OUTCOMES`, else `profiles.Unknown`.
+    `title`: in the place of "Verdict: " and the outcome, where no claim of the paper is judged.
     """
     sign = OUTCOMES[check(outcome, OUTCOMES, "outcome")]
-    title = f"{sign} Verdict: {outcome}"
+    title = f"{sign} {title or f'Verdict: {outcome}'}"
     _show(
         f"::::{{admonition}} {title}\n:class: verdict verdict-{outcome.replace(' ', '-')}\n\n"
         f"**Criterion, stated beforehand.** {criterion}\n\n{text}\n::::",

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from statsmodels.stats.power import TTestPower
-from statsmodels.stats.weightstats import DescrStatsW
 
 from armada_lib import stats
 
@@ -153,6 +151,8 @@ def tost(values: ArrayLike, bound: float) -> float:
         return math.nan
     if np.ptp(d) <= 1e-12 * np.abs(d).max():
         return float(abs(d.mean()) >= bound)
+    from statsmodels.stats.weightstats import DescrStatsW
+
     return float(DescrStatsW(d).ttost_mean(-bound, bound)[0])
 
 
@@ -160,6 +160,8 @@ def detectable(sd: float, n: int, level: float = 0.05, power: float = 0.8) -> fl
     """The smallest true mean that a two-sided t test of `n` pairs finds with this power."""
     if n < 2 or not sd > 0:
         return math.nan
+    from statsmodels.stats.power import TTestPower
+
     return float(TTestPower().solve_power(nobs=n, alpha=level, power=power)) * sd
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from filelock import FileLock
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from armada_lib import profiles
-from armada_lib.batching import PACKED
+from armada_lib.batching import packed
 from armada_lib.profiles import StudentSpec
 from armada_lib.students import Family, Student, StudentOutput, quiet, text_mean
 
@@ -112,7 +112,7 @@ def load(
     if spec.lora is None:
         raise ValueError(f"student {spec.name!r} generates and needs a block `lora`")
     where = checkpoint(spec)
-    config = AutoConfig.from_pretrained(where, revision=spec.revision)
+    config = transformers.AutoConfig.from_pretrained(where, revision=spec.revision)
     profiles.check(config.model_type, ARCHITECTURES, "generating student architecture")
     options: dict[str, Any] = {}
     if spec.bits == 4:
@@ -124,11 +124,11 @@ def load(
             load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16
         )
     with quiet():
-        base = AutoModelForCausalLM.from_pretrained(
+        base = transformers.AutoModelForCausalLM.from_pretrained(
             where,
             revision=spec.revision,
             dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-            attn_implementation=PACKED,
+            attn_implementation=packed(),
             **options,
         )
         tokenizer = load_tokenizer(spec)
@@ -154,7 +154,7 @@ def load(
 
 def load_tokenizer(spec: StudentSpec) -> Any:
     """The student's tokenizer; where it has no padding token, the end token pads."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint(spec), revision=spec.revision)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint(spec), revision=spec.revision)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -180,8 +180,10 @@ def _unpack(folder: Path, file: str, home: Path) -> None:
     """A model read from GGUF refuses to be saved: it is built again from its configuration."""
     # transformers' bar for GGUF heeds no setting: it would stand in the middle of a page
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        read = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.float32
+        )
         settings = read.config.to_dict()
         settings.pop("quantization_config", None)
         plain = type(read)(type(read.config).from_dict(settings))

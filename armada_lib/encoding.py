@@ -31,7 +31,7 @@ def student(s: RunSpec) -> Student:
     """The untrained student of a run, with a new head."""
     task, who = examples(s)[0].task, profiles.load(s.profile).student(s.student)
     found = students.load(who, task.outputs, s.seed, task.kind == "regression", s.training.dropout)
-    found.labels = task.labels
+    found.labels, found.multilabel = task.labels, task.kind == "multilabel"
     return found
 
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from armada_lib import answers
 from armada_lib.batching import PACKED
 from armada_lib.decoders import Decoder
-from armada_lib.decoding import decode
 from armada_lib.sequences import sequences
 
 
@@ -82,6 +81,8 @@ def generate(
     `kept`: a file to which every answer is appended as it ends, and from which a killed call goes on.
     Raises ValueError for prompts that are empty or too long, before any is answered.
     """
+    from armada_lib import decoding  # imports what of transformers takes seconds
+
     ids, student = tokens(student, prompts, new_tokens), student.eval()
     names = [name(i, p, seed) for i, p in enumerate(prompts)]
     device = next(student.parameters()).device
@@ -91,7 +92,9 @@ def generate(
         def answer(part: list[int]) -> Iterator[tuple[int, str]]:
             pick = greedy if seed is None else Gumbel([_fold(names[i]) for i in part], temperature)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                for row, said in decode(model, [ids[i] for i in part], new_tokens, ends, pick):
+                for row, said in decoding.decode(
+                    model, [ids[i] for i in part], new_tokens, ends, pick
+                ):
                     yield part[row], student.tokenizer.decode(said, skip_special_tokens=True)
 
         return _resumed(names, [len(x) for x in ids], answer, kept, batch_size, progress)

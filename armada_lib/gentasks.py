@@ -288,6 +288,8 @@ def suite(
     task = TASKS[profiles.check(name, SUITES, "suite")]
     chosen = task.tests if tests is None else tuple(tests)
     if not chosen:
+        if not available(name, data):
+            load(task.tests[0], "test", data)  # says which file is missing, and how to get it
         raise ValueError(f"{name}: no test set; choose from {', '.join(task.tests)}")
     for t in chosen:
         profiles.check(t, (*task.tests, *task.extra), f"test set of {name}")

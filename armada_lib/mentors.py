@@ -81,7 +81,7 @@ class Stored:
         student.compact(self._begun[0].used)
         if student.regression:
             student.centre(float(self.data.labels.mean()))
-        elif student.labels:
+        elif student.multilabel:
             student.centre(specs.examples(self.spec)[0].start)
         return student
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from armada_lib.settings import (
     MANIFOLDS,
@@ -25,6 +25,7 @@ from armada_lib.settings import (
     Baselines,
     Multimodal,
     Nlu,
+    OwnTask,
     Strict,
     StudentSpec,
     TeacherSpec,
@@ -50,6 +51,8 @@ class Profile(Strict):
     gpu: bool = False
     students: dict[str, StudentSpec]
     teachers: dict[str, TeacherSpec]
+    tasks: dict[str, OwnTask] = Field(default_factory=dict)
+    own_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of `own.project`, where it is not told otherwise
     nlu: Nlu
     multimodal: Multimodal | None = None
     reasoning: Tuning | None = None
@@ -96,28 +99,40 @@ def _short(error: ValidationError, where: str) -> str:
     return f"{where}: " + "; ".join(lines)
 
 
+def own() -> Path:
+    """The folder of profiles of one's own: `ARMADA_OWN`, else own/ in the project."""
+    return Path(os.environ.get("ARMADA_OWN") or ROOT / "own").absolute()
+
+
 def folder() -> Path:
-    """Where the profiles are."""
+    """Where the project's profiles are."""
     return ROOT / "params" / "profiles"
+
+
+def files() -> dict[str, Path]:
+    """The profiles there are, by name: the project's and one's own, which cannot hide those."""
+    found = {p.stem: p for at in (own(), folder()) for p in at.glob("*.yaml")}
+    return dict(sorted(found.items()))
 
 
 def names() -> list[str]:
     """The profiles there are."""
-    return sorted(p.stem for p in folder().glob("*.yaml"))
+    return list(files())
 
 
 @cache
 def load(name: str) -> Profile:
-    """Read and validate `params/profiles/<name>.yaml`.
+    """Read and validate a profile: `params/profiles/<name>.yaml`, or one's own.
 
-    Raises `Unknown` for a name that is not there and ValueError, naming file and key, for a
-    file that does not hold what a profile must hold.
+    `cast` takes over the students and teachers of another profile, `like` all of it; what the file
+    says itself comes on top. Raises `Unknown` for a name that is not there and ValueError, naming
+    file and key, for a file that does not hold what a profile must hold.
     """
-    check(name, names(), "profile")
-    path, raw = folder() / f"{name}.yaml", _read(name)
-    if (cast := raw.pop("cast", None)) is not None:  # students and teachers of another profile
-        other = _read(check(cast, names(), f"cast of profile {name}"))
-        raw = {k: other.get(k, {}) for k in ("students", "teachers")} | raw
+    raw = _whole(check(name, names(), "profile"))
+    for task in raw.get("tasks", {}).values():
+        for key in ("train", "validation"):
+            if isinstance(task, dict) and isinstance(task.get(key), str):
+                task[key] = str(files()[name].parent / task[key])
     for block in ("students", "teachers"):
         for key, entry in (raw.get(block) or {}).items():
             if isinstance(entry, dict):
@@ -127,11 +142,29 @@ def load(name: str) -> Profile:
     try:
         return Profile(name=name, **raw)
     except ValidationError as e:
-        raise ValueError(_short(e, path.name)) from None
+        raise ValueError(_short(e, f"{name}.yaml")) from None
+
+
+def _whole(name: str) -> dict[str, Any]:
+    """What a profile's file says, with what it takes over from others."""
+    raw = _read(name)
+    if (cast := raw.pop("cast", None)) is not None:
+        other = _read(check(cast, names(), f"cast of profile {name}"))
+        raw = {k: other.get(k, {}) for k in ("students", "teachers")} | raw
+    if (like := raw.pop("like", None)) is not None:
+        others = [n for n in names() if n != name]
+        raw = _merged(_whole(check(like, others, f"profile that {name} is like")), raw)
+    return raw
+
+
+def _merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`change` on top of `base`, block by block."""
+    both = lambda k: isinstance(base.get(k), dict) and isinstance(change[k], dict)
+    return base | {k: _merged(base[k], v) if both(k) else v for k, v in change.items()}
 
 
 def _read(name: str) -> dict[str, Any]:
-    raw = yaml.safe_load((folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    raw = yaml.safe_load(files()[name].read_text(encoding="utf-8"))
     if not isinstance(raw, dict):
         raise ValueError(f"{name}.yaml: a profile is a mapping, got {type(raw).__name__}")
     return raw

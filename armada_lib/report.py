@@ -38,8 +38,9 @@ TEACHER = {"sd14": "stable-diffusion-v1-4", "midjourney": "midjourney",
 
 
 def title(task: str) -> str:
-    """A task's or a test set's name as the paper writes it."""
-    return (tasks.TASKS.get(task) or gentasks.TASKS[task]).title
+    """A task's or a test set's name as the paper writes it; one's own task is called what it is."""
+    known = tasks.TASKS.get(task) or gentasks.TASKS.get(task)
+    return known.title if known else task
 
 
 def table(results: Iterable[Result | dict[str, Any]], metric: str | None = None) -> pd.DataFrame:
@@ -84,7 +85,7 @@ def arm(row: Any) -> str:
 
     A control's loss is Euclid unless it is named.
     """
-    if row.method == "undistilled" or row.method in BASELINES:
+    if row.method != "armada" and row.method not in CONTROLS:
         return BASELINES.get(row.method, row.method)
     name = CONTROLS.get(row.method) or f"ARMADA {LOSS.get(row.manifold, 'no manifold loss')}"
     extra = (
@@ -110,7 +111,7 @@ def arms(df: pd.DataFrame, head: str = "student") -> pd.DataFrame:
     df["control"] = [m in CONTROLS for m in df["method"]]
     df["rank"] = [rank.get(m, 2) for m in df["method"]]
     order = {t: i for i, t in enumerate((*tasks.TASKS, *gentasks.TASKS))}
-    df["place"] = df["task"].map(order)
+    df["place"] = df["task"].map(order).fillna(len(order))  # one's own tasks come last
     keys = ["place", "rank", "reading", "usual_beta", "arm", "seed"]
     return df.sort_values(keys, ascending=[True, True, True, False, True, True]).drop(
         columns=["rank", "place"]
@@ -238,7 +239,7 @@ def gain_grid(df: pd.DataFrame) -> pd.DataFrame:
         row["mean over tasks"] = signed(a["mean"]) + interval(a["low"], a["high"])
         rows.append(row)
     out = pd.DataFrame(rows)
-    titles = [t for t in map(title, (*tasks.TASKS, *gentasks.TASKS)) if t in out.columns]
+    titles = [t for t in found["title"].unique() if t in out.columns]
     return out[["trained as", "mean over tasks", *titles]].fillna("–")
 
 

@@ -71,6 +71,37 @@ class StudentSpec(Strict):
         return self
 
 
+class OwnTask(Strict):
+    """A task of one's own: a table of texts and labels, as .csv, .jsonl or .parquet.
+
+    `train` and `validation` are files, relative to the profile's; without `validation` the share
+    `held_out` of the rows is kept for it, drawn once. `texts`: one column, or two that are read
+    together. `labels`: the classes, in the order of the outputs; or `scale`: (lowest, highest) of a
+    score that is predicted. `metric` None: accuracy, or Pearson's correlation of a score.
+    """
+
+    train: str
+    validation: str | None = None
+    texts: tuple[str, ...] = Field(("text",), min_length=1, max_length=2)
+    label: str = "label"
+    labels: tuple[str, ...] = ()
+    scale: tuple[float, float] | None = None
+    held_out: float = Field(0.25, gt=0, lt=1)
+    metric: Literal["accuracy", "mcc"] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> OwnTask:
+        if bool(self.labels) == bool(self.scale):
+            raise ValueError("give either `labels`, the names of the classes, or `scale`")
+        if self.labels and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError(f"`labels` must be two names or more, each once, got {self.labels}")
+        if self.scale and not self.scale[0] < self.scale[1]:
+            raise ValueError(f"`scale` must be (lowest, highest), got {self.scale}")
+        if self.scale and self.metric:
+            raise ValueError("a score is judged by Pearson's correlation: leave out `metric`")
+        return self
+
+
 class _Teacher(Strict):
     """What every teacher has: its output becomes one vector of `width` numbers."""
 

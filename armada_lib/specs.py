@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -18,7 +19,7 @@ from armada_lib.methods import GENERATING, METHODS, MULTIMODAL, READINGS
 from armada_lib.methods.layers import WATCHED
 from armada_lib.profiles import MANIFOLDS, Profile, StudentSpec, TeacherSpec, Training
 from armada_lib.results import RunSpec
-from armada_lib.settings import Baselines, Pictured
+from armada_lib.settings import Baselines, OwnTask, Pictured
 
 # What a mentor's fine-tuning takes from its student's settings: the data and the budget. Its learning
 # rate is the profile's own for it, so that a search over the student's leaves one mentor a task.
@@ -73,7 +74,7 @@ def spec(
     profiles.check(method, able, f"method for {task}")
     block = baselines(p) if entry.mentor and not suite else None
     student = student or _usual_student(p, method, suite)
-    group = suite.group if suite else task_table.get(task).group
+    group = suite.group if suite else task_of(p, task).group
     t = p.recipe(group, task, student, **training)
     t = t.model_copy(update={"precision": engine.precision(t.precision, device())})
     who, taught = p.student(student), _taught(p, method, p.teacher(teacher))
@@ -90,7 +91,7 @@ def spec(
         w |= {"alpha": 0.0, "beta": 0.0}
     if not entry.distils:
         w = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "tau": 1.0}
-    if block or method in MULTIMODAL:
+    if block or method in MULTIMODAL or entry.weights:
         w |= _shares(p, method, given)
     if method == "x_adapter" and not t.text_encoder and p.baselines and p.baselines.multimodal:
         t = t.model_copy(update={"text_encoder": p.baselines.multimodal.text_encoder})
@@ -103,7 +104,7 @@ def spec(
             raise ValueError(f"student {student!r} does not generate; of profile {profile}: {able}")
         data_id = _suite(task, p.data, t.train_size, t.test_size).digest
     else:
-        train, evaluation_ = _examples(task, p.data, t.train_size, t.eval_size, t.split, t.copa)
+        train, evaluation_ = _read(p, task, t)
         data_id = f"{train.digest}/{evaluation_.digest}"
     student_id = _student(who)
     teacher_id = teachers.fingerprint(taught, device().type) if taught else None
@@ -190,8 +191,8 @@ def start_of(s: RunSpec) -> RunSpec:
     Its learning rate is the profile's for the student, or `stage_lr`, so that a search over the
     student's leaves one start a task; its seed is `mentor_seed`.
     """
-    t, group = s.training, task_table.get(s.task).group
-    usual = profiles.load(s.profile).recipe(group, s.task, s.student).student_lr
+    t, p = s.training, profiles.load(s.profile)
+    usual = p.recipe(task_of(p, s.task).group, s.task, s.student).student_lr
     kept: dict[str, Any] = {k: getattr(t, k) for k in STAGED}
     kept |= {"epochs": t.stage_epochs or max(2, t.epochs), "student_lr": t.stage_lr or usual}
     change = {"seed": s.mentor_seed, "training": Training(**kept), "processes": 1}
@@ -296,9 +297,33 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def tasks_of(p: Profile) -> list[str]:
+    """The names of the tasks that a profile can run: the paper's and its own."""
+    return [*task_table.TASKS, *p.tasks]
+
+
+def task_of(p: Profile, name: str) -> task_table.Task:
+    """A task of the paper or of the profile, or `profiles.Unknown` listing both."""
+    return task_table.get(profiles.check(name, tasks_of(p), "task"), own=p.tasks.get(name))
+
+
+def _read(p: Profile, task: str, t: Training) -> Any:
+    own, stamps = p.tasks.get(task), []
+    for path in filter(None, (own.train, own.validation) if own else ()):
+        with contextlib.suppress(OSError):  # whoever reads it says what is wrong
+            stamps.append(os.stat(path).st_mtime_ns)
+    return _examples(
+        task, p.data, t.train_size, t.eval_size, t.split, t.copa, own, tuple(stamps)
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=32)
-def _examples(task: str, data: str, train: int | None, n: int | None, split: str, copa: str) -> Any:
-    return task_table.splits(task, data, train, n, split, copa)
+def _examples(
+    task: str, data: str, train: int | None, n: int | None, split: str, copa: str,
+    own: OwnTask | None, stamps: tuple[int, ...],
+) -> Any:  # fmt: skip
+    # `stamps`: a table of one's own may be mended while a notebook is open
+    return task_table.splits(task, data, train, n, split, copa, own)
 
 
 @lru_cache(maxsize=8)
@@ -323,7 +348,4 @@ def teacher_texts(s: RunSpec) -> list[str]:
 
 def examples(s: RunSpec) -> tuple[task_table.Examples, task_table.Examples]:
     """(training, evaluation) examples of a run."""
-    t = s.training
-    return _examples(
-        s.task, profiles.load(s.profile).data, t.train_size, t.eval_size, t.split, t.copa
-    )
+    return _read(profiles.load(s.profile), s.task, s.training)

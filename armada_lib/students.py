@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from armada_lib import profiles
-from armada_lib.batching import PACKED, pooled_attention
+from armada_lib.batching import PACKED, packed, pooled_attention
 from armada_lib.profiles import StudentSpec
 
 
@@ -113,7 +113,8 @@ class Student(nn.Module):
         super().__init__()
         kind = model.config.model_type
         self.model, self.tokenizer, self.regression = model, tokenizer, regression
-        self.labels: tuple[str, ...] = ()  # names of the outputs, of which several may hold
+        self.labels: tuple[str, ...] = ()  # names of the outputs, where they have any
+        self.multilabel = False  # several of them may hold
         self.family = FAMILIES[profiles.check(kind, FAMILIES, "student architecture")]
         self.pooling = pooling or self.family.pooling
         self.width = self.family.head(model).in_features
@@ -244,8 +245,9 @@ class Student(nn.Module):
         config = self.model.config
         kept = config._attn_implementation
         config.problem_type = "regression" if self.regression else "single_label_classification"
-        if self.labels:
+        if self.multilabel:
             config.problem_type = "multi_label_classification"
+        if self.labels:
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {name: i for i, name in enumerate(self.labels)}
         try:
@@ -276,7 +278,7 @@ def load(
     that are not there, before weights are read.
     """
     where = profiles.resolve(spec.checkpoint)
-    config = AutoConfig.from_pretrained(where, revision=spec.revision)
+    config = transformers.AutoConfig.from_pretrained(where, revision=spec.revision)
     family = FAMILIES[profiles.check(config.model_type, FAMILIES, "student architecture")]
     if spec.layers and max(spec.layers) >= config.num_hidden_layers:
         raise ValueError(
@@ -290,13 +292,13 @@ def load(
         changed |= {n: dropout for n in names if getattr(config, n, None) is not None}
     torch.manual_seed(seed)  # the head is drawn from the global generator by transformers
     with quiet():
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
             where, revision=spec.revision, dtype=torch.float32,
-            attn_implementation=PACKED if family.packs else "eager", **changed,
+            attn_implementation=packed() if family.packs else "eager", **changed,
         )  # fmt: skip
     if spec.layers:
         _cut(family.encoder(model), spec.layers)
-    tokenizer = AutoTokenizer.from_pretrained(where, revision=spec.revision)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=spec.revision)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Student(model, tokenizer, spec.pooling, regression)

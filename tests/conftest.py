@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["ARMADA_OWN"] = str(Path(__file__).with_name("no-own-profiles"))
 
 import pytest
 import torch
 import yaml
 
 from armada_lib import extraction, profiles, specs
-from armada_lib.profiles import StudentSpec
+from armada_lib.profiles import ROOT, StudentSpec
 
 torch.set_num_threads(1)
 
@@ -55,6 +58,7 @@ SENTENCES = [
 def store(tmp_path, monkeypatch):
     """Every test has an empty run store, and none sees the developer's settings."""
     monkeypatch.setenv("ARMADA_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("ARMADA_OWN", str(tmp_path / "own"))
     for name in ("ARMADA_DATA", "ARMADA_PROFILE", "ARMADA_SAVE_EVERY", "ARMADA_NO_GPU"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "store"
@@ -178,3 +182,41 @@ def project(root, monkeypatch):
     profiles.load.cache_clear()
     specs._examples.cache_clear()
     extraction.load.cache_clear()
+
+
+# ------------------------------------------------------------------------------ the built book
+
+SOURCES = ("_config.yml", "_toc.yml", "armada_lib", "book", "params")
+
+
+def build(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    command = [jupyter_book, "build", source, "--path-output", out, "-W", "-n", "--keep-going"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def fresh(stamp: Path) -> bool:
+    """Whether the last complete build is younger than every source."""
+    if not stamp.exists():
+        return False
+    files = [ROOT / s for s in SOURCES] + [p for s in SOURCES for p in (ROOT / s).rglob("*")]
+    files = [p for p in files if p.is_file() and "__pycache__" not in p.parts]
+    return max(p.stat().st_mtime for p in files) < stamp.stat().st_mtime
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """`_build/html` if `make book` finished after the last change of a source, else a new build."""
+    if fresh(ROOT / "_build" / ".complete"):
+        return ROOT / "_build" / "html"
+    out = tmp_path_factory.mktemp("book")
+    done = build(ROOT, out)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return out / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def pages(site) -> list[Path]:
+    found = sorted(site.rglob("*.html"))
+    assert (site / "index.html") in found and (site / "book" / "intro.html") in found
+    return [p for p in found if "_static" not in p.parts]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_decoders import llama, spec  # noqa: F401  (a fixture)
 
-from armada_lib import decoders, generation
+from armada_lib import decoders, decoding, generation
 
 PROMPTS = [
     "the cat sat on",
@@ -79,7 +79,7 @@ def test_gumbel_noise_draws_from_the_softmax():
 
 def test_a_killed_call_goes_on_where_it_stopped(student, tmp_path, monkeypatch):
     whole, kept = generation.generate(student, PROMPTS, 6), tmp_path / "a.jsonl"
-    real, calls = generation.decode, []
+    real, calls = decoding.decode, []
 
     def dies(model, texts, *a):
         calls.append(len(texts))
@@ -88,7 +88,7 @@ def test_a_killed_call_goes_on_where_it_stopped(student, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             yield found
 
-    monkeypatch.setattr(generation, "decode", dies)
+    monkeypatch.setattr(decoding, "decode", dies)
     with pytest.raises(KeyboardInterrupt):
         generation.generate(student, PROMPTS, 6, kept, batch_size=2)
     with kept.open("a") as f:
@@ -170,6 +170,6 @@ def test_bf16_weights_are_left_as_they_are(llama):  # noqa: F811
     ],
 )
 def test_bad_prompts_are_named_before_any_answer(student, monkeypatch, prompts, message):
-    monkeypatch.setattr(generation, "decode", lambda *a: pytest.fail("answered"))
+    monkeypatch.setattr(decoding, "decode", lambda *a: pytest.fail("answered"))
     with pytest.raises(ValueError, match=message):
         generation.generate(student, prompts, 8)

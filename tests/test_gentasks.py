@@ -386,6 +386,8 @@ def test_a_missing_test_set_is_an_error_that_names_it(common):
         gentasks.suite("commonsense", "real", tests=["aqua"])
     with pytest.raises(ValueError, match="no test set; choose from hellaswag"):
         gentasks.suite("commonsense", "real", tests=[])
+    with pytest.raises(FileNotFoundError, match=r"vicuna/test.parquet|dolly/test.parquet"):
+        gentasks.suite("dolly", "real", tests=gentasks.available("dolly", "real"))
     with pytest.raises(Unknown, match="unknown suite 'aqua'.*commonsense, dolly, math"):
         gentasks.suite("aqua", "real")
     with pytest.raises(Unknown, match="unknown data"):

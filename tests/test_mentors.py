@@ -209,7 +209,7 @@ def test_a_cut_student_has_the_size_that_its_note_says(name):
 def test_layers_that_are_not_there_are_refused_before_weights_are_read(school, monkeypatch):
     from armada_lib import students
 
-    monkeypatch.setattr(students.AutoModelForSequenceClassification, "from_pretrained",
+    monkeypatch.setattr(students.transformers.AutoModelForSequenceClassification, "from_pretrained",
                         lambda *a, **k: pytest.fail("weights were read"))  # fmt: skip
     who = profiles.load("school").student("little").model_copy(update={"layers": (1, 4)})
     with pytest.raises(ValueError, match=r"keeps layers \[1, 4\].*layers 0 to 3"):

@@ -1,4 +1,4 @@
-"""Chapters as files: hygiene, table of contents, parameter files, commands of the README."""
+"""Chapters as files: hygiene, table of contents, parameter files, guards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from functools import cache
@@ -22,7 +21,6 @@ BOOK = ROOT / "book"
 NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
 STUDIES = {"study.yaml"}  # lists of cells, not parameters of a chapter: see test_experiment.py
 PLANS = sorted(p for p in (ROOT / "params").glob("*.yaml") if p.name not in STUDIES)
-PAGES = ["README.md", "CONTRIBUTING.md", "book/intro.md"]
 SCRIPTS = Path(sys.executable).parent
 
 chapters = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
@@ -99,7 +97,8 @@ def test_library_code_stays_in_the_library(path):
 def test_table_of_contents_lists_exactly_the_pages():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     listed = [toc["root"]] + [c["file"] for p in toc["parts"] for c in p["chapters"]]
-    files = [p for p in BOOK.iterdir() if p.suffix in {".md", ".ipynb"}]
+    places = [*BOOK.iterdir(), *(BOOK / "api").iterdir()]
+    files = [p for p in places if p.suffix in {".md", ".ipynb"}]
     assert sorted(listed) == sorted(str(p.relative_to(ROOT).with_suffix("")) for p in files)
 
 
@@ -127,72 +126,16 @@ def test_parameter_files_fit_their_chapter(plan):
             assert "#" in line, f"no source: {line}"
 
 
-# ---------------------------------------------------------------------------- commands
+# ---------------------------------------------------------------------------- parameters
 
 
-def commands(page: str) -> list[str]:
-    """Lines of the shell blocks of a page, without comments."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
-    lines = [re.sub(r"\s+#.*", "", line).strip() for b in blocks for line in b.splitlines()]
-    return [line for line in lines if line]
-
-
-def test_every_make_command_exists():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^(\w+):.*##", makefile, flags=re.M))
-    texts = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
-    texts.append((ROOT / ".ci" / "run").read_text(encoding="utf-8"))
-    named = {t for text in texts for t in re.findall(r"^make (\w+)|`make (\w+)", text, flags=re.M)}
-    named = {a or b for a, b in named}
-    assert {"nlu", "test", "book", "lab", "check", "bench"} <= named <= targets
-    for target in sorted(targets):
-        done = subprocess.run(
-            ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-
-
-def test_make_nlu_runs_the_line_of_the_readme():
-    line = "papermill book/02_nlu.ipynb out.ipynb -p teacher sd14"
-    assert line in commands("README.md")
-    done = subprocess.run(
-        ["make", "--dry-run", "nlu"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert f"/{line}\n" in done.stdout
-
-
-def test_papermill_lines_name_files_and_parameters_that_exist():
-    lines = [shlex.split(c) for c in commands("README.md") if c.startswith("papermill ")]
-    assert lines
-    for _, notebook, out, *options in lines:
-        assert (ROOT / notebook).exists() and out == "out.ipynb"
-        for i, option in enumerate(options):
-            if option == "-p":
-                assert options[i + 1] in defaults(ROOT / notebook)
-            if option == "-f":
-                assert (ROOT / options[i + 1]).exists()
-
-
-def papermill(*arguments: str) -> subprocess.CompletedProcess[str]:
+def papermill_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [SCRIPTS / "papermill", "--no-progress-bar", *arguments],
         # the reader's own store: what building the book has computed is not computed again
         env=os.environ | {"ARMADA_STORE": str(ROOT / ".armada")},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_the_readme_line_runs(tmp_path):
-    line = next(c for c in commands("README.md") if c.startswith("papermill "))
-    _, notebook, _, *options = shlex.split(line)
-    out = tmp_path / "out.ipynb"
-    done = papermill(notebook, str(out), *options, "-p", "profile", "smoke")
-    assert done.returncode == 0, done.stderr[-3000:]
-    shown = [o for c in code(out) for o in c["outputs"]]
-    assert any("verdict" in "".join(o.get("data", {}).get("text/markdown", "")) for o in shown)
-    assert not any(o["output_type"] == "error" for o in shown)
 
 
 def misspelling(path: Path, what: str) -> tuple[str, dict[str, object]]:
@@ -206,23 +149,25 @@ def misspelling(path: Path, what: str) -> tuple[str, dict[str, object]]:
     return "minni", {"profile": "minni"}
 
 
+def pass_guard(path: Path, given: dict[str, object]) -> None:
+    """Run a chapter's cells up to the guard as papermill does; the guard follows the parameters."""
+    found = code(path)
+    at = next(i for i, c in enumerate(found) if "parameters" in c["metadata"].get("tags", []))
+    asked = "# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in given.items())
+    sources = [c["source"] for c in found[: at + 2]]
+    sources.insert(at + 1, asked)
+    names: dict[str, object] = {"__name__": "__main__", "In": ["", *sources]}
+    for source in sources:
+        exec(source, names)
+
+
 @chapters
 @pytest.mark.parametrize("what", ["a name", "a value"])
 def test_a_misspelt_parameter_stops_a_chapter_at_its_guard(path, what, monkeypatch):
-    """The cells up to the guard as papermill runs them; the guard is the one after the parameters."""
     monkeypatch.setattr(runs, "compute", lambda *a, **k: pytest.fail("work was started"))
-    cells = code(path)
-    at = next(i for i, c in enumerate(cells) if "parameters" in c["metadata"].get("tags", []))
     wrong, given = misspelling(path, what)
-    asked = "# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in given.items())
-    sources = ["".join(c["source"]) for c in cells[: at + 2]]
-    sources.insert(at + 1, asked)
-    names: dict[str, object] = {"__name__": "__main__", "In": ["", *sources]}
-    *before, guard = sources
-    for source in before:
-        exec(source, names)
     with pytest.raises(ValueError, match=f"'{wrong}'; did you mean"):
-        exec(guard, names)
+        pass_guard(path, given)
 
 
 @pytest.mark.slow
@@ -230,7 +175,7 @@ def test_a_misspelt_parameter_stops_a_chapter_at_its_guard(path, what, monkeypat
 def test_papermill_reports_a_misspelt_parameter_before_any_work(what, tmp_path):
     path, out = ROOT / "book/02_nlu.ipynb", tmp_path / "out.ipynb"
     wrong, given = misspelling(path, what)
-    done = papermill(str(path), str(out), "-p", *map(str, *given.items()))
+    done = papermill_command(str(path), str(out), "-p", *map(str, *given.items()))
     assert done.returncode != 0
     assert f"'{wrong}'; did you mean" in done.stderr
     ran = [c for c in code(out) if c["execution_count"] is not None]

@@ -1,60 +1,29 @@
 """The built book: nothing fetched from a network, nothing broken, nothing left over.
 
-Uses `_build/html` when `make book` finished after the last change of a source, else builds the
-book into a temporary folder.
+What only a browser can tell is in test_browser.py.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 import shutil
-import subprocess
-import sys
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from conftest import build
 
 from armada_lib.profiles import ROOT
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = Path(sys.executable).parent
-SOURCES = ("_config.yml", "_toc.yml", "armada_lib", "book", "params")
 # Attributes a browser follows by itself; <a href> is followed by the reader.
 FETCHED = {"src", "srcset", "poster", "data", "data-src"}
 NAMESPACES = re.compile(r"https?://www\.w3\.org/[\w/.#-]+")
 ADDRESS = re.compile(r"(?:https?:)?//[\w-]+\.[\w.-]+")
-
-
-def build(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [SCRIPTS / "jupyter-book", "build", str(source), "--path-output", str(out)]
-    return subprocess.run(
-        [*command, "-W", "-n", "--keep-going"], capture_output=True, text=True, check=False
-    )
-
-
-def fresh(stamp: Path) -> bool:
-    """Whether the last complete build is younger than every source."""
-    if not stamp.exists():
-        return False
-    files = [ROOT / s for s in SOURCES] + [p for s in SOURCES for p in (ROOT / s).rglob("*")]
-    files = [p for p in files if p.is_file() and "__pycache__" not in p.parts]
-    return max(p.stat().st_mtime for p in files) < stamp.stat().st_mtime
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory) -> Path:
-    if fresh(ROOT / "_build" / ".complete"):
-        return ROOT / "_build" / "html"
-    out = tmp_path_factory.mktemp("book")
-    done = build(ROOT, out)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return out / "_build" / "html"
 
 
 class Page(HTMLParser):
@@ -99,13 +68,6 @@ class Page(HTMLParser):
 @cache
 def page(path: Path) -> Page:
     return Page(path)
-
-
-@pytest.fixture(scope="session")
-def pages(site) -> list[Path]:
-    found = sorted(site.rglob("*.html"))
-    assert (site / "index.html") in found and (site / "book" / "intro.html") in found
-    return [p for p in found if "_static" not in p.parts]
 
 
 def test_jupyter_book_is_of_the_line_that_reads_our_files():
@@ -188,23 +150,3 @@ def test_a_failing_cell_and_a_broken_reference_stop_the_build(tmp_path):
         (source / "book" / "two.ipynb").write_text(notebook)
         codes[name] = build(source, tmp_path / f"{name}-out").returncode
     assert codes["good"] == 0 and codes["cell"] != 0 and codes["reference"] != 0
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_formulas_render_without_a_network(pages, tmp_path):
-    for path in pages:
-        if 'class="math' not in path.read_text(encoding="utf-8"):
-            continue
-        done = subprocess.run(
-            [BROWSER, "--headless", "--disable-gpu", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync",
-             "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000",
-             f"--user-data-dir={tmp_path}", *(["--no-sandbox"] if os.geteuid() == 0 else []),
-             "--dump-dom", path.resolve().as_uri()],
-            capture_output=True, text=True, check=True, timeout=120,
-        )  # fmt: skip
-        assert "<mjx-container" in done.stdout, path.name
-        assert "data-mjx-error" not in done.stdout and "mjx-merror" not in done.stdout, path.name

@@ -60,7 +60,7 @@ def test_every_profile_loads_and_each_of_its_names_exists(name):
     p.student(p.nlu.student)
     assert "sd14" in p.teachers
     for layer, valid in (
-        ("groups", {t.group for t in [*tasks.TASKS.values(), *gentasks.TASKS.values()]}),
+        ("groups", {"own", *(t.group for t in [*tasks.TASKS.values(), *gentasks.TASKS.values()])}),
         ("tasks", {*tasks.TASKS, *gentasks.SUITES}),
         ("students", set(p.students)),
     ):

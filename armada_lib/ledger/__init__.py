@@ -11,6 +11,7 @@ from armada_lib.ledger.table import (
     frame,
     measured,
     page,
+    show_on_front_page,
     status,
     summary,
     trail,
@@ -19,5 +20,5 @@ from armada_lib.ledger.table import (
 
 __all__ = [
     "KINDS", "RULES", "STATUSES", "Entry", "Measured", "Rule", "book", "counts", "facts", "frame",
-    "measured", "page", "read", "source", "status", "summary", "trail", "write",
+    "measured", "page", "read", "show_on_front_page", "source", "status", "summary", "trail", "write",
 ]  # fmt: skip

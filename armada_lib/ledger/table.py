@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from armada_lib import audit, plans
+from armada_lib import audit, figures, plans
+from armada_lib.files import write_text
 from armada_lib.ledger.entries import (
     KINDS,
     STATUSES,
@@ -143,9 +144,7 @@ def write(path: Path | None = None) -> Path:
     path = path or ROOT / "book" / "ledger.csv"
     text = frame().to_csv(index=False)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
     return path
 
 
@@ -163,6 +162,11 @@ def counts() -> pd.DataFrame:
 def summary() -> Figure:
     """The figure that sums the ledger up: entries by kind and status."""
     return audit.statuses(counts(), STATUSES)
+
+
+def show_on_front_page() -> Path:
+    """Save the summary where the book's introduction, which is read last, looks for it."""
+    return figures.save(summary(), ROOT / "book" / "_static" / "ledger.svg")
 
 
 def _link(text: str, target: Path | None) -> str:

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from armada_lib import profiles
 from armada_lib.batching import Batch
@@ -91,12 +91,11 @@ class Other(nn.Module):
     """A frozen text encoder with a tokenizer of its own, such as CLIP's, by its checkpoint."""
 
     def __init__(self, reference: str):
-        from transformers import CLIPTextModel
-
         super().__init__()
-        self.tokenizer = common.pretrained(AutoTokenizer, reference, None)
-        config = AutoConfig.from_pretrained(profiles.resolve(reference))
-        kind = CLIPTextModel if config.model_type.startswith("clip") else AutoModel
+        self.tokenizer = common.pretrained(transformers.AutoTokenizer, reference, None)
+        config = transformers.AutoConfig.from_pretrained(profiles.resolve(reference))
+        clip = config.model_type.startswith("clip")
+        kind = transformers.CLIPTextModel if clip else transformers.AutoModel
         self.encoder = common.model(kind, reference, None, "cpu")
         self.width: int = self.encoder.config.hidden_size
         self.limit = min(

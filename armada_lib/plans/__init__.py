@@ -11,12 +11,13 @@ from armada_lib.plans.looks import Looks, looks
 from armada_lib.plans.method import METHOD_PARAMETERS, Pairs, method
 from armada_lib.plans.multimodal import multimodal, posters
 from armada_lib.plans.nlu import NLU_PARAMETERS, nlu
+from armada_lib.plans.own import YourOwn, your_own
 from armada_lib.plans.study import Studied, studied
 from armada_lib.plans.tuning import tuning
 
 __all__ = [
     "ABLATION_PARAMETERS", "ANALYSIS_PARAMETERS", "METHOD_PARAMETERS", "NLU_PARAMETERS",
-    "Evidence", "Looks", "Pairs", "Plan", "Studied", "ablated",
+    "Evidence", "Looks", "Pairs", "Plan", "Studied", "YourOwn", "ablated",
     "ablation", "analysed", "analysis", "baselines", "cast", "committed", "folder", "keep", "keep_analysis",
-    "looks", "method", "multimodal", "nlu", "played", "posters", "several", "studied", "tuning",
+    "looks", "method", "multimodal", "nlu", "played", "posters", "several", "studied", "tuning", "your_own",
 ]  # fmt: skip

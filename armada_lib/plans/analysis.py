@@ -9,7 +9,6 @@ from typing import Any
 
 from armada_lib import chapter, gentasks, profiles, specs
 from armada_lib import frames as frame_files
-from armada_lib import tasks as task_table
 from armada_lib.analysis import analyse
 from armada_lib.frames import Frames
 from armada_lib.plans import evidence
@@ -67,7 +66,7 @@ def analysis(ns: dict[str, Any]) -> AnalysisPlan:
         raise ValueError(f"profile {name!r} has no block `analysis`")
     p.teacher(got["teacher"])
     students = several(got["student"], [block.student], p.students, f"student (profile {name})")
-    able = [t for t, x in task_table.TASKS.items() if x.kind != "multilabel"]
+    able = [t for t in specs.tasks_of(p) if specs.task_of(p, t).kind != "multilabel"]
     wanted = several(got["tasks"], block.tasks, [*able, *gentasks.SUITES], "task or suite")
     manifolds = several(got["manifold"], block.manifolds, MANIFOLDS, "manifold loss")
     main = block.main if block.main in manifolds else manifolds[0]
@@ -90,11 +89,11 @@ def analysis(ns: dict[str, Any]) -> AnalysisPlan:
                 others += _generating(name, block, task, main, common)
                 continue
             plain = _plain(name, block, task, manifolds, main, common)
-            regression = task_table.get(task).kind == "regression"
+            regression = specs.task_of(p, task).kind == "regression"
             (others if regression else probed).extend(plain)
             others += _noisy(name, block, task, block.noisy, main, common)
     if not probed:
-        classes = [t for t in able if task_table.get(t).kind != "regression"]
+        classes = [t for t in able if specs.task_of(p, t).kind != "regression"]
         raise ValueError(
             f"none of these tasks has classes to look at: add one of {', '.join(classes)}"
         )

@@ -6,7 +6,6 @@ import itertools
 from typing import Any
 
 from armada_lib import chapter, specs
-from armada_lib import tasks as task_table
 from armada_lib.methods import METHODS, MULTIMODAL
 from armada_lib.plans.common import Plan, methods_of, profile_of, seeds_of, several
 from armada_lib.profiles import MANIFOLDS, check
@@ -35,7 +34,7 @@ def baselines(ns: dict[str, Any]) -> tuple[Plan, Plan]:
 
     def plan(number: int, block: Baselines | Pictured) -> Plan:
         student = several(got["student"], [block.student], p.students, f"student ({name})")[0]
-        tasks = several(got["tasks"], block.tasks, task_table.TASKS, "task")
+        tasks = several(got["tasks"], block.tasks, specs.tasks_of(p), "task")
         seeds = seeds_of(got["seeds"], block.seeds)
         methods = methods_of(got["methods"], block.methods)
         chosen = {_table(m) for m in methods} - {0} or {7}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from armada_lib import chapter, specs
-from armada_lib import tasks as task_table
 from armada_lib.plans.common import Plan, profile_of, seeds_of
 from armada_lib.profiles import MANIFOLDS
 from armada_lib.results import RunStore
@@ -40,7 +39,7 @@ def method(ns: dict[str, Any]) -> Pairs:
     seed = seeds_of(got["seed"], [0])
     if len(seed) != 1:
         raise ValueError(f"this chapter takes one seed, got {seed}")
-    task = next(t for t in p.nlu.tasks if task_table.get(t).kind == "class")
+    task = next(t for t in p.nlu.tasks if specs.task_of(p, t).kind == "class")
     RunStore().check()
     who = (p.nlu.student, got["teacher"])
     make = lambda **how: specs.spec(name, task, "armada", *who, seed=seed[0], **how)

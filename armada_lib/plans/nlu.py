@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from armada_lib import chapter, specs
-from armada_lib import tasks as task_table
 from armada_lib.plans.common import Plan, methods_of, profile_of, seeds_of, several
 from armada_lib.profiles import MANIFOLDS, READINGS
 from armada_lib.results import RunStore
@@ -26,7 +25,7 @@ def nlu(ns: dict[str, Any]) -> Plan:
     name, p = profile_of(got)
     p.teacher(got["teacher"])
     students = several(got["student"], [p.nlu.student], p.students, f"student (profile {name})")
-    wanted = several(got["tasks"], p.nlu.tasks, task_table.TASKS, "task")
+    wanted = several(got["tasks"], p.nlu.tasks, specs.tasks_of(p), "task")
     methods = methods_of(got["methods"], p.nlu.methods)
     manifolds = several(got["manifold"], p.nlu.manifolds, MANIFOLDS, "manifold loss")
     readings = several(got["reading"], p.nlu.readings, READINGS, "reading")

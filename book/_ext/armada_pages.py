@@ -31,6 +31,11 @@ def outdated(app: Any, env: Any, added: set, changed: set, removed: set) -> list
     return [d for d in env.found_docs if str(env.doc2path(d)).endswith(".ipynb")]
 
 
+def order(app: Any, env: Any, docnames: list[str]) -> None:
+    """Read the introduction last: it shows figures that other pages draw."""
+    docnames.sort(key=lambda d: (d == app.config.root_doc, d))
+
+
 def no_thebe(app: Any, pagename: str, templatename: str, context: dict, doctree: Any) -> None:
     """Leave out the scripts of an unused live-code button, which name a network address."""
     context["script_files"] = [
@@ -41,8 +46,22 @@ def no_thebe(app: Any, pagename: str, templatename: str, context: dict, doctree:
     ]
 
 
+def buttons(app: Any, config: Any) -> None:
+    """With `repository_url` set: buttons that open chapters on Binder and Colab. Without: none."""
+    options = config.html_theme_options
+    services = {
+        "binderhub_url": "https://mybinder.org",
+        "colab_url": "https://colab.research.google.com",
+    }
+    on = bool(options.get("repository_url"))
+    options["launch_buttons"] = services | {"notebook_interface": "jupyterlab"} if on else {}
+    options["use_repository_button"] = on
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
+    app.connect("config-inited", buttons)
     app.connect("env-get-outdated", outdated)
+    app.connect("env-before-read-docs", order)
     app.connect("html-page-context", no_thebe, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,195 @@
+"""Pages made from the library's source, the glossary's links, launch buttons and the citation file."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+import tomllib
+import types
+from functools import cache
+
+import pytest
+import yaml
+from docutils import nodes
+
+from armada_lib import __version__
+from armada_lib.profiles import ROOT
+
+PAGES = sorted((ROOT / "book" / "api").glob("*.md"))
+
+
+@cache
+def extension(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "book" / "_ext" / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rooms(page) -> list[tuple[str, dict[str, str]]]:
+    """(module, options) of every place on a page that shows the library."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"```\{armada-api\} (\S+)\n((?::\w+:.*\n)*)```", text)
+    assert len(found) == text.count("{armada-api}"), page.name
+    return [(name, dict(re.findall(r":(\w+): *(.*)", options))) for name, options in found]
+
+
+# ----------------------------------------------------------------------------- the reference
+
+
+def test_there_are_reference_pages():
+    assert len(PAGES) > 5
+    assert sum(len(rooms(p)) for p in PAGES) > 40
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_what_a_reference_page_shows_is_there_and_documented(page):
+    api = extension("armada_api")
+    for name, options in rooms(page):
+        of = api.room(ROOT, name)
+        assert ast.get_docstring(of.tree), f"{name} has no docstring"
+        chosen = of.chosen(options.get("only"))
+        assert chosen, name
+        for called, node in chosen.items():
+            assert ast.get_docstring(node), f"{name}.{called} has no docstring"
+        for shown in options.get("show", "").split():
+            assert shown in of.value(shown)
+
+
+def test_each_room_is_introduced_once():
+    introduced = [name for p in PAGES for name, options in rooms(p) if "more" not in options]
+    assert sorted(set(introduced)) == sorted(introduced)
+
+
+@pytest.fixture
+def api(tmp_path):
+    """The extension, and a library of one module."""
+    (tmp_path / "armada_lib").mkdir()
+    (tmp_path / "armada_lib" / "one.py").write_text(
+        '"""One."""\n'
+        "from armada_lib.two import Other as Another\n"
+        "SIZES: dict[str, int] = {\n    'a': 1,  # why\n}  # fmt: skip\n"
+        "class Box:\n"
+        '    """A box."""\n'
+        "    # outside\n"
+        "    width: int = 3  # in cm\n"
+        "    _own: int = 0\n"
+        "    def fill(self, by: float = 1.0, /, *more: int) -> Another:\n"
+        '        """Fill it."""\n'
+        "    def untold(self): ...\n"
+        "def bare(x): ...\n"
+        "def _hidden(): ...\n"
+    )
+    module = extension("armada_api")
+    return module, module.room(tmp_path, "armada_lib.one")
+
+
+def test_a_room_is_read_without_importing_it(api):
+    module, one = api
+    assert list(one.public()) == ["Box", "bare"]
+    assert one.value("SIZES").endswith("'a': 1,  # why\n}")
+    box = one.public()["Box"]
+    assert module.fields(one, box) == "# outside\nwidth: int = 3  # in cm"
+    (fill,) = module.methods(box)
+    assert module.signature(fill, bound=True) == "(by: float=1.0, /, *more: int) -> Another"
+    assert module.signature(fill).startswith("(self, by")
+    assert "armada_lib.one" not in sys.modules
+
+
+def test_names_mean_what_their_module_says(api):
+    _, one = api
+    assert one.full("Box.fill") == "armada_lib.one.Box.fill"
+    assert one.full("Another") == "armada_lib.two.Other"
+    assert one.full("one.Box") == "armada_lib.one.Box"
+    assert one.full("Tensor") is None and one.full("x + 1") is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, one: m.room(one.path.parents[1], "armada_lib.none"), "no module armada_lib.none"),
+        (lambda m, one: one.chosen("Box bear"), "no public bear"),
+        (lambda m, one: one.chosen("_hidden"), "no public _hidden"),
+        (lambda m, one: one.value("COLOURS"), "defines no COLOURS"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_named(api, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*api)
+
+
+def test_docstrings_stay_as_they_are_but_for_marks(api):
+    module, one = api
+    text = "Of |a_ts - b|_2 and `Box`, *not* `y`:\n\n    E = a * b\n\n* one\n  more\n* **two**"
+    paragraph, block, items = module.body(text, one)
+    assert paragraph.astext() == "Of |a_ts - b|_2 and Box, not y:"
+    (link,) = paragraph.findall(module.addnodes.pending_xref)
+    assert link["reftarget"] == "armada_lib.one.Box"
+    assert [n.astext() for n in paragraph.findall(nodes.emphasis)] == ["not"]
+    assert block.astext() == "E = a * b"
+    assert [n.astext() for n in items] == ["one more", "two"]
+
+
+# ----------------------------------------------------------------------------- glossary, buttons
+
+
+def test_glossary_is_in_order_and_links_lead_to_it():
+    text = (ROOT / "book" / "notation.md").read_text(encoding="utf-8")
+    (glossary,) = re.findall(r"````\{glossary\}\n(.*?)````", text, flags=re.S)
+    terms = re.findall(r"^(?! )(\S.*)$", glossary, flags=re.M)
+    assert len(terms) > 30 and terms == sorted(terms)
+    for page in [*(ROOT / "book").glob("*.md"), *PAGES]:
+        for link in re.findall(r"\{term\}`([^`]+)`", page.read_text(encoding="utf-8")):
+            named = re.sub(r".*<(.*)>", r"\1", link)
+            assert named in terms, f"{page.name}: {named}"
+
+
+def test_links_to_terms_carry_their_meaning():
+    terms = extension("armada_terms")
+    doctree = nodes.document(None, None)  # type: ignore[arg-type]
+    item = nodes.definition_list_item("", nodes.term(ids=["term-run"]), nodes.definition())
+    item[1] += nodes.paragraph("", "One student,\ntrained once.")
+    doctree += terms.addnodes.glossary("", nodes.definition_list("", item))
+    app = types.SimpleNamespace(env=types.SimpleNamespace())
+    terms.collect(app, doctree)
+    links = [nodes.reference(refuri=f"notation.html#{name}") for name in ("term-run", "symbols")]
+    other = nodes.document(None, None)  # type: ignore[arg-type]
+    other += links
+    terms.explain(app, other, "intro")
+    assert links[0]["reftitle"] == "One student, trained once." and "reftitle" not in links[1]
+
+
+@pytest.mark.parametrize("address", ["", "https://github.com/owner/name"])
+def test_one_setting_switches_the_launch_buttons(address):
+    pages = extension("armada_pages")
+    config = types.SimpleNamespace(html_theme_options={"repository_url": address})
+    pages.buttons(None, config)
+    options = config.html_theme_options
+    assert bool(options["launch_buttons"]) == options["use_repository_button"] == bool(address)
+    ours = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    assert not ours["sphinx"]["config"]["html_theme_options"]["repository_url"], "no public address"
+
+
+# ----------------------------------------------------------------------------- citation
+
+
+def test_citation_agrees_with_the_project_and_the_bibliography():
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    book = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    assert cff["cff-version"] == "1.2.0" and cff["message"] and cff["type"] == "software"
+    assert project["dynamic"] == ["version"] and str(cff["version"]) == __version__
+    assert cff["license"] == project["license"]
+    assert cff["title"] == book["title"]
+    assert [a["name"] for a in cff["authors"]] == [book["author"]]
+    (paper,) = cff["references"]
+    bib = (ROOT / "book" / "references.bib").read_text(encoding="utf-8")
+    (entry,) = re.findall(r"@misc\{sengupta2026armada,(.*?)\n\}", bib, flags=re.S)
+    fields = dict(re.findall(r"(\w+)\s*=\s*\{(.*)\}", entry))
+    names = [f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]]
+    assert " and ".join(names) == fields["author"]
+    assert paper["title"] == fields["title"] and str(paper["year"]) == fields["year"]
+    assert paper["identifiers"][0]["value"] == "arXiv:" + fields["eprint"]
+    assert paper["url"] == "https://arxiv.org/abs/" + fields["eprint"]
