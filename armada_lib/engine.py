@@ -165,6 +165,8 @@ def train(
         number, start = divmod(run.step, size)
         phase = phases[number]
         moving = [n for n in names if phase == "joint" or _phase(n) == phase]
+        for optimiser in optimisers.values():  # a loss may have reached what was at rest (A10)
+            optimiser.adam.zero_grad(set_to_none=True)
         student.train(phase != "aligner")
         method.before_epoch(number, len(phases))
         for k, rows in enumerate(

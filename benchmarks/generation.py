@@ -42,7 +42,6 @@ BATCH, LENGTH = 8, 256  # as the chapters tune
 ROUNDS, SIZE = 2, 24  # texts a round
 TEXTS = 240  # of a suite: all that the mini set has
 NEW_TOKENS, PROMPTS = NEW["instruct"], 32  # at most, of an instruction; prompts of all suites
-SHARES = 4  # one at a time is slow: each round asks another share of the prompts so
 # name -> Trainer's side
 TUNING = {"lm_tokens_vs_trainer_dynamic": "dynamic", "lm_tokens_vs_trainer_grouped": "grouped"}
 
@@ -228,9 +227,8 @@ def _padded(lengths: np.ndarray) -> int:
 def answer(spec: StudentSpec, prompts: list[str], new_tokens: int, rounds: int) -> tuple:
     """(speed-up of each round, unit, note), greedy, in fp32.
 
-    The peer is the saved adapter, merged by peft, that answers one prompt after the other: in each
-    round another share of them, with its time scaled to all. Raises RuntimeError where an answer
-    is not the same.
+    The peer is the saved adapter, merged by peft, that answers one prompt after the other. Raises
+    RuntimeError where an answer is not the same.
     """
     student = decoders.load(spec, 1, seed=0).eval()
     with torch.no_grad():  # a fresh adapter does nothing
@@ -243,23 +241,20 @@ def answer(spec: StudentSpec, prompts: list[str], new_tokens: int, rounds: int) 
         base = AutoModelForCausalLM.from_pretrained(decoders.checkpoint(spec), dtype=torch.float32)
         peer: Any = PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
     ids = [student.prompt_ids(p) for p in prompts]
-    by_length = np.argsort([len(x) for x in ids], kind="stable")
-    shares = min(SHARES, len(ids))
     generation.generate(student, prompts[:2], 2)  # the first calls pay for set-up
     _alone(student, peer, ids[0], 2)
     took, new = [], []  # (seconds, CPU seconds) for all prompts of ours, of the peer; tokens
     for r in range(rounds):
-        mine = by_length[r % shares :: shares]
         clock = [(time.perf_counter(), time.process_time())]
         said = generation.generate(student, prompts, new_tokens)
         clock.append((time.perf_counter(), time.process_time()))
-        alone = [_alone(student, peer, ids[i], new_tokens) for i in mine]
+        alone = [_alone(student, peer, x, new_tokens) for x in ids]
         clock.append((time.perf_counter(), time.process_time()))
-        for i, (text, n) in zip(mine, alone, strict=True):
-            if text != said[i]:
-                raise RuntimeError(f"{prompts[i]!r}: {said[i]!r} in a batch, {text!r} alone")
+        for prompt, together, (text, n) in zip(prompts, said, alone, strict=True):
+            if text != together:
+                raise RuntimeError(f"{prompt!r}: {together!r} in a batch, {text!r} alone")
             new.append(n)
-        took.append(np.diff(np.array(clock), axis=0) * [[1], [len(ids) / len(mine)]])
+        took.append(np.diff(np.array(clock), axis=0))
         print(f"answers round {r + 1} of {rounds}, s: {took[-1][:, 0].round(1)}", file=sys.stderr)
     ratio = np.array([t[1] / t[0] for t in took])  # (rounds, 2)
     lengths, rate = [len(x) for x in ids], np.mean(new) * len(ids) / np.median(took, 0)[:, 0]

@@ -205,9 +205,9 @@ def test_an_answer_benchmark_compares_every_answer(llama, monkeypatch):  # noqa:
     monkeypatch.setattr(
         generation, "_alone", lambda s, m, ids, n: answered.append(len(ids)) or real(s, m, ids, n)
     )
-    values, unit, note = generation.answer(spec(llama), prompts, 6, generation.SHARES)
-    assert len(values) == generation.SHARES and min(values) > 0 and unit == "times faster"
-    assert len(answered) == 1 + 9 and note.endswith("the same 9 answers")
+    values, unit, note = generation.answer(spec(llama), prompts, 6, 2)
+    assert len(values) == 2 and min(values) > 0 and unit == "times faster"
+    assert len(answered) == 1 + 18 and note.endswith("the same 18 answers")
     wrong = lambda student, prompts, n: ["something else"] * len(prompts)
     monkeypatch.setattr(generation.generation, "generate", wrong)
     with pytest.raises(RuntimeError, match="'something else' in a batch"):

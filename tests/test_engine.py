@@ -81,6 +81,18 @@ def test_without_detach_the_student_losses_reach_the_aligner(checkpoints):
     assert not same(weights(a), weights(b))
 
 
+def test_what_rests_for_an_epoch_gathers_no_gradient(checkpoints):
+    """In epochs of the student alone its losses may reach the aligner; the next epoch starts clean."""
+    made = [
+        experiment(checkpoints["bert"], reading="released", training={"epochs": 2, "detach": d})
+        for d in (True, False)
+    ]
+    (s, m, t), (s2, m2, _) = made
+    assert len(t.epochs) >= 3
+    assert same(weights(m.aligner), weights(m2.aligner))
+    assert same(weights(s), weights(s2))
+
+
 @pytest.mark.parametrize(
     "method, moves", [("armada", True), ("frozen_aligner", False), ("shuffled", True)]
 )
