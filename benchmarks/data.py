@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from armada_lib import profiles, students, tasks
 from benchmarks.common import Split
@@ -78,3 +80,17 @@ def _stretch(s: Split, rng: np.random.Generator, size: int, lengths: tuple[int, 
         types.append(np.concatenate([[0], kind, kind[-1:]]).astype(np.int32))
         labels.append(s.labels[picks[0]])
     return Split(tokens, types, np.array(labels))
+
+
+def grouped(lengths: np.ndarray, size: int, batch: int, seed: int) -> np.ndarray:
+    """Texts of one round in order: `size` in batches of Trainer's grouped epoch over the whole set.
+
+    One batch of each of equal parts of that epoch, in order of length: the texts are about as long
+    as the set's, whoever batches them and however.
+    """
+    torch.manual_seed(seed)
+    order = np.array(get_length_grouped_indices(lengths.tolist(), batch))
+    batches = order[: len(order) // batch * batch].reshape(-1, batch)
+    batches = batches[np.argsort(lengths[batches].max(1), kind="stable")]
+    picks = [p[len(p) // 2] for p in np.array_split(np.arange(len(batches)), max(1, size // batch))]
+    return batches[np.random.default_rng(seed).permutation(picks)].reshape(-1)

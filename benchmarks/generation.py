@@ -24,7 +24,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from armada_lib import answers, decoders, engine, generation, gentasks, profiles
 from armada_lib.batching import epoch
@@ -33,6 +32,7 @@ from armada_lib.methods import METHODS, Setting
 from armada_lib.profiles import StudentSpec, Training
 from armada_lib.sequences import Sequences, sequences
 from armada_lib.tuning import NEW_TOKENS as NEW
+from benchmarks.data import grouped
 from benchmarks.ours import training
 from benchmarks.peer import Clock
 
@@ -96,17 +96,6 @@ def sample(lengths: np.ndarray, size: int, seed: int) -> np.ndarray:
     parts = np.array_split(np.argsort(lengths, kind="stable"), size)
     rng = np.random.default_rng(seed)
     return np.array([rng.choice(p) for p in parts])
-
-
-def grouped(lengths: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Texts of one round in order: some batches of Trainer's grouped epoch over the whole set."""
-    torch.manual_seed(seed)
-    order = np.array(get_length_grouped_indices(lengths.tolist(), BATCH))
-    batches = order[: len(order) // BATCH * BATCH].reshape(-1, BATCH)
-    batches = batches[np.argsort(lengths[batches].max(1), kind="stable")]
-    number = max(1, size // BATCH)
-    picks = [p[len(p) // 2] for p in np.array_split(np.arange(len(batches)), number)]
-    return batches[np.random.default_rng(seed).permutation(picks)].reshape(-1)
 
 
 # ---------------------------------------------------------------- tuning
@@ -187,7 +176,7 @@ def tune(
     for r in range(-1, rounds):  # round -1 warms up and is not counted
         n = BATCH if r < 0 else size
         part = take(data, sample(data.lengths, n, r + 1))
-        other = take(data, grouped(data.lengths, n, r + 1))
+        other = take(data, grouped(data.lengths, n, BATCH, r + 1))
         drawn = np.concatenate(list(epoch(part, recipe.batch_size, r + 1, 0, packed=True)))
         for s in list(sides)[:: 1 if r % 2 else -1]:
             given, order = (other, np.arange(len(other))) if s == "grouped" else (part, drawn)

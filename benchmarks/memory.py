@@ -23,14 +23,14 @@ def measure(names: list[str], rounds: int | None, size: int | None) -> dict[str,
     import numpy as np
 
     from armada_lib import profiles
-    from benchmarks import data, speed
+    from benchmarks import data
 
     corpus = data.load("cola")
     lengths = np.array([len(x) for x in corpus.train.tokens])
     peaks: dict[str, list[float]] = {"ours": [], "trainer": []}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "texts.npz"
-        rows = speed.rows(lengths, size or SIZE, 0)
+        rows = data.grouped(lengths, size or SIZE, common.BATCH, 0)
         corpus.train.take(rows).save(file, corpus.vocabulary)
         checkpoint = profiles.resolve(data.STUDENT.checkpoint)
         for r in range(rounds or ROUNDS):

@@ -20,7 +20,6 @@ from armada_lib.batching import Batch, Encoded
 from benchmarks import data
 from benchmarks.common import BATCH, Split
 from benchmarks.ours import Ours, training
-from benchmarks.speed import rows
 
 WIDTH = 1024  # of the teacher's vectors, as the paper's
 WINDOW = 10  # steps a round: one retraction at the default interval
@@ -76,7 +75,7 @@ def measure(names: list[str], rounds: int | None, size: int | None) -> dict[str,
     corpus = data.load("cola")
     lengths = np.array([len(x) for x in corpus.train.tokens])
     # one step before the windows takes the memory, one after them ends the run
-    subset = corpus.train.take(rows(lengths, (rounds * WINDOW + 2) * BATCH, 0))
+    subset = corpus.train.take(data.grouped(lengths, (rounds * WINDOW + 2) * BATCH, BATCH, 0))
     vectors = torch.randn(len(subset), WIDTH, generator=torch.Generator().manual_seed(0)).half()
     precisions = ["fp32"] + ["bf16"] * (engine.precision("auto") == "bf16")
     variants: dict[tuple[str, str], Ours] = {}

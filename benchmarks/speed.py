@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from armada_lib import profiles
 from benchmarks import data
@@ -37,20 +36,8 @@ PAIRS = {
 # Trainer's sampling on each of its sides. "grouped" is its group_by_length on the texts of a round,
 # which are few, so that it pads more than in a real epoch (CoLA, 24 steps: 1.23 tokens for each
 # useful one, against 1.04). "epoch", the harder peer, is given in order the batches that
-# group_by_length makes over the whole training set (see `rows`).
+# group_by_length makes over the whole training set (see `data.grouped`).
 SAMPLING = {"dynamic": "random", "grouped": "group_by_length", "epoch": "sequential"}
-
-
-def rows(lengths: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Texts of one round: every k-th batch of Trainer's grouped epoch over the whole set.
-
-    Lengths are then spread as in the set, whoever batches these texts and however.
-    """
-    torch.manual_seed(seed)
-    order = np.array(get_length_grouped_indices(lengths.tolist(), BATCH))
-    batches = order[: len(order) // BATCH * BATCH].reshape(-1, BATCH)
-    picks = np.linspace(0, len(batches), size // BATCH, endpoint=False).astype(int)
-    return batches[np.random.default_rng(seed).permutation(picks)].reshape(-1)
 
 
 def measure(names: list[str], rounds: int | None, size: int | None) -> dict[str, tuple]:
@@ -77,7 +64,9 @@ def _task(task: str, pairs: dict[str, Any], rounds: int, size: int) -> dict[str,
     cpu: dict[str, list[float]] = {s: [] for s in sides}
     loss: dict[str, list[float]] = {s: [] for s in sides}
     for r in range(-1, rounds):  # round -1 warms up and is not counted
-        subset = corpus.train.take(rows(lengths, BATCH * 2 if r < 0 else size, r + 1))
+        subset = corpus.train.take(
+            data.grouped(lengths, BATCH * 2 if r < 0 else size, BATCH, r + 1)
+        )
         for s in list(sides)[:: 1 if r % 2 else -1]:
             took = _round(sides[s], s, subset, r + 1)
             if r >= 0:

@@ -55,7 +55,7 @@ window.checks = (() => {
       return [...plain, ...wrong].map((m) => `a formula that is not set: ${m}`);
     },
 
-    // numbers and captions: above a table, below a figure
+    // numbers and captions: above a table or figure
     captions() {
       const faults = [];
       for (const caption of all("caption, figcaption")) {
@@ -65,7 +65,7 @@ window.checks = (() => {
         const body = owner.querySelector("tr, img, svg, pre")?.getBoundingClientRect();
         const own = caption.getBoundingClientRect();
         if (!body) faults.push(`nothing under a caption: ${number.textContent}`);
-        else if (owner.matches("table") ? own.bottom > body.top + 1 : own.top < body.bottom - 1) {
+        else if (own.bottom > body.top + 1) {
           faults.push(`a caption on the wrong side: ${number.textContent}`);
         }
       }

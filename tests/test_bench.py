@@ -20,7 +20,7 @@ from test_decoders import llama, spec  # noqa: F401  (a fixture)
 from armada_lib.batching import epoch
 from benchmarks import bench, distillation, environments, generation, overhead
 from benchmarks.common import Split, read
-from benchmarks.data import SHARES, Corpus, _stretch
+from benchmarks.data import SHARES, Corpus, _stretch, grouped
 from benchmarks.ours import Ours, training
 from benchmarks.peer import Peer
 
@@ -193,7 +193,7 @@ def test_texts_of_a_round_are_spread_as_in_the_set():
     lengths = np.random.default_rng(0).lognormal(4, 0.6, 640).astype(int)
     for seed in range(3):
         single = lengths[generation.sample(lengths, 32, seed)]
-        batches = lengths[generation.grouped(lengths, 32, seed)]
+        batches = lengths[grouped(lengths, 32, 8, seed)]
         assert single.mean() == pytest.approx(lengths.mean(), rel=0.05)
         assert batches.mean() == pytest.approx(lengths.mean(), rel=0.15)
     assert generation.examples(sequences_of(4), np.array([2]))[0]["labels"][0] == -100
