@@ -8,7 +8,8 @@ from typing import Any
 
 # What a notebook's outputs depend on besides its own cells.
 WATCH = (
-    "armada_lib", "params", "book/data", "book/published", "book/results", "book/ledger.yaml",
+    "armada_lib", "params", "examples", "book/data", "book/published", "book/results",
+    "book/ledger.yaml",
 )  # fmt: skip
 
 
