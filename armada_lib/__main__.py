@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         "--texts",
         required=True,
         nargs="+",
-        help="tasks (cola rte ...) and files: .txt one text a line, .csv and .jsonl with `text`",
+        help="tasks (cola rte ...) and files: .txt one text a line; .csv, .jsonl, .parquet with `text`",
     )
     extract.add_argument("--profile", default=None, help="default: paper with a GPU, else mini")
     extract.add_argument("--workers", type=int, default=None, help="processes; default: one a core")

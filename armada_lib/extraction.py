@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
 import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,12 +16,12 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from armada_lib import features, profiles, specs, tasks, teachers
+from armada_lib import features, profiles, specs, tables, tasks, teachers
 from armada_lib.batching import Encoded
 from armada_lib.methods import METHODS, READINGS
 from armada_lib.results import RunSpec, RunStore
 
-FILES = (".txt", ".csv", ".jsonl")
+FILES = (".txt", *tables.KINDS)
 
 
 def feature_store(profile: str, teacher: str, store: RunStore) -> features.Store:
@@ -202,7 +200,7 @@ def attach(
 def read(sources: Iterable[str], profile: str) -> list[str]:
     """Texts of tasks, by name (both splits, at the profile's sizes), and of files, each once.
 
-    A file has one text a line (.txt), a column `text` (.csv) or an entry `text` a line (.jsonl).
+    A file has one text a line (.txt), or a column `text` (a table, see `tables.read`).
     Raises ValueError naming what is wrong with a source, and where.
     """
     found: dict[str, None] = {}
@@ -219,18 +217,13 @@ def read(sources: Iterable[str], profile: str) -> list[str]:
 
 
 def _file(path: Path) -> list[str]:
-    if not path.is_file():
+    if path.suffix != ".txt":
+        rows = tables.column(tables.read(path), "text", str(path))
+    elif path.is_file():
+        with path.open(encoding="utf-8", newline="") as f:
+            rows = [line.rstrip("\r\n") for line in f]
+    else:
         raise FileNotFoundError(f"{path}: there is no such file of texts")
-    with path.open(encoding="utf-8", newline="") as f:
-        try:
-            if path.suffix == ".txt":
-                rows = [line.rstrip("\r\n") for line in f]
-            elif path.suffix == ".csv":
-                rows = [r["text"] for r in csv.DictReader(f)]
-            else:
-                rows = [json.loads(line)["text"] for line in f if line.strip()]
-        except (KeyError, TypeError, json.JSONDecodeError) as e:
-            raise ValueError(f"{path}: no column or entry `text` ({e})") from None
     for n, text in enumerate(rows):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{path}: text {n + 1} of {len(rows)} is empty: a teacher needs words")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -369,7 +368,7 @@ def read(
     for path in paths:
         if path.exists():
             source = f"{group}/{folder}/{split}"
-            return _file(path), f"mini/{source}" if data == "mini" else f"{source} (local file)"
+            return tables.read(path), f"mini/{source}" if data == "mini" else f"{source} (local file)"
     if data == "mini":
         raise FileNotFoundError(f"mini data of {title}: {paths[0]} not found")
     if paths:
@@ -390,15 +389,6 @@ def read(
             f"data of {title}: no copy on the Hugging Face hub is known; {wanted}"
         )
     return _hub(title, hub, wanted)
-
-
-def _file(path: Path) -> list[Row]:
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as f:  # not splitlines(): a text may hold U+2028
-            return [json.loads(s) for s in f if s.strip()]
-    import pyarrow.parquet as pq
-
-    return pq.read_table(path).to_pylist()
 
 
 def _hub(title: str, hub: tuple[str, str, str], otherwise: str) -> tuple[list[Row], str]:

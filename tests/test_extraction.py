@@ -46,9 +46,9 @@ def test_texts_come_from_tasks_and_three_kinds_of_file_each_once(project, tmp_pa
     [
         ("a.txt", "one\n\nthree\n", "text 2 of 3 is empty"),
         ("a.txt", "", "no text in it"),
-        ("a.csv", "sentence\nhello\n", "no column or entry `text`"),
-        ("a.jsonl", '{"sentence": "x"}\n', "no column or entry `text`"),
-        ("a.jsonl", "hello\n", "no column or entry `text`"),
+        ("a.csv", "sentence\nhello\n", "no column 'text'; there are sentence"),
+        ("a.jsonl", '{"sentence": "x"}\n', "no column 'text'"),
+        ("a.jsonl", "hello\n", "cannot be read as jsonl"),
         ("a.jsonl", '{"text": 3}\n', "text 1 of 1 is empty"),
         ("a.json", "[]", "a file of texts ends in .txt, .csv, .jsonl"),
     ],
