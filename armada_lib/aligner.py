@@ -37,7 +37,7 @@ def retract_(weight: Tensor) -> Tensor:
 
     Tall: orthonormal columns, W'W = I. Wide: orthonormal rows, WW' = I. Signs follow the diagonal
     of R, so an orthogonal matrix stays what it is and a small step stays a small step. Computed in
-    float32. ValueError if `weight` is not a matrix.
+    float32. ValueError if `weight` is not a matrix. Keeps the paper's projections orthogonal [A16].
     """
     if weight.ndim != 2:
         raise ValueError(f"only a matrix can be orthogonal, got shape {tuple(weight.shape)}")
@@ -51,7 +51,10 @@ def retract_(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def drift(weight: Tensor) -> float:
-    """Largest |W'W - I| (|WW' - I| if wide): 0 for an orthogonal matrix, about 1e-6 in float32."""
+    """Largest |W'W - I| (|WW' - I| if wide) of `weight` (rows, columns).
+
+    0 for an orthogonal matrix [A16], about 1e-6 in float32.
+    """
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     gram = w @ w.T if w.shape[0] < w.shape[1] else w.T @ w
     return float((gram - torch.eye(len(gram), dtype=w.dtype, device=w.device)).abs().max())
@@ -59,7 +62,10 @@ def drift(weight: Tensor) -> float:
 
 @torch.no_grad()
 def orthogonal_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Fill `weight` (rows, columns) with a uniformly random (semi-)orthogonal matrix, in place."""
+    """Fill `weight` (rows, columns) with a random (semi-)orthogonal matrix, in place [A16].
+
+    Uniformly distributed.
+    """
     return retract_(weight.normal_(generator=generator))
 
 

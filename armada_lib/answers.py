@@ -57,7 +57,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Template:
-    """Two format strings, each ending in the marker after which the response stands."""
+    """Two format strings, each ending in the marker after which the response stands.
+
+    ValueError for one that does not, or whose fields are not `instruction` (and `input`).
+    """
 
     with_input: str
     without_input: str
@@ -261,7 +264,8 @@ def disagrees(item: Item) -> bool:
 def candidates(item: Item) -> list[str]:
     """The responses whose likelihoods are compared, in the order of the options.
 
-    Each parses to its own label, so the picked one is scored like an output.
+    Each parses to its own label, so the picked one is scored like an output. ValueError for an item
+    without choices.
     """
     if not item.choices:
         raise ValueError(
@@ -275,7 +279,8 @@ def pick(logliks: Sequence[float], lengths: Sequence[int], normalise: bool) -> i
     """Index of the likeliest candidate; the first one at a tie.
 
     `logliks`: summed log-probability of each candidate's tokens, in nats; `lengths`: its number of
-    tokens, by which the sum is divided if `normalise`.
+    tokens, by which the sum is divided if `normalise`. ValueError unless each has both, and
+    for nan.
     """
     sums, counts = np.asarray(logliks, dtype=np.float64), np.asarray(lengths)
     if sums.ndim != 1 or sums.shape != counts.shape or not len(sums) or (counts < 1).any():

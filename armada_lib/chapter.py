@@ -206,7 +206,8 @@ def published(number: int) -> pd.DataFrame:
     """The paper's table of that number, one printed value a row, from `book/published/`.
 
     Columns whose every entry is a number are numeric. `value` is joined by `printed`, the text as
-    the paper prints it (31.30 keeps its zero). "none" stays the word it is.
+    the paper prints it (31.30 keeps its zero). "none" stays the word it is. `settings.Unknown` for
+    the number of no table there.
     """
     folder = ROOT / "book" / "published"
     files = {int(p.name[5:7]): p for p in sorted(folder.glob("table[0-9][0-9]_*.csv"))}
@@ -221,7 +222,10 @@ def published(number: int) -> pd.DataFrame:
 
 
 def claims(*ids: str) -> pd.DataFrame:
-    """Claims of the paper as printed, from `book/published/claims.csv`: claim, published, where."""
+    """Claims of the paper as printed, from `book/published/claims.csv`: claim, published, where.
+
+    `settings.Unknown` for an id that is none of its claims.
+    """
     df = pd.read_csv(ROOT / "book/published/claims.csv", dtype=str, keep_default_na=False)
     df = df.set_index("id")
     for i in ids:
@@ -236,7 +240,7 @@ def claims(*ids: str) -> pd.DataFrame:
 def run_line(facts: Mapping[str, Any]) -> None:
     """Show one line of facts about a run: what stood behind each name, seeds, minutes.
 
-    A list is joined by commas; an entry that is None is left out.
+    A list is joined by commas; an entry that is None is left out. ValueError if none is left.
     """
     kept = {
         k: ", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,26 @@ def scoreboard(df: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
         row["mean"] = f"{part.groupby('title')['score'].mean().mean():.1f}".replace("-", "−")
         rows.append(row)
     return pd.DataFrame(rows)[["method", "row", *titles, "mean"]].fillna("–")
+
+
+def choices(tried: Iterable[Result | dict[str, Any]], settings: Sequence[str]) -> pd.DataFrame:
+    """What a grid came to: a row a method, a column a point with its mean score, and the best.
+
+    `tried`: one run a method, task and point of the grid, or their committed records; `settings`: the
+    fields that the grid varies.
+    """
+    rows = []
+    for r in tried:
+        spec, scores = (r.spec, r.scores) if isinstance(r, Result) else (r["spec"], r["scores"])
+        name = NAMES.get(spec.method, spec.method)
+        if spec.method == "armada":
+            name += f" {report.LOSS.get(spec.manifold or '', '')}"
+        point = ", ".join(f"{f} {getattr(spec.training, f):g}" for f in settings)
+        rows.append({"method": name, "point": point, "score": scores["student"]})
+    df = pd.DataFrame(rows)
+    table = df.groupby(["method", "point"], sort=False)["score"].mean().unstack()
+    table = table.reindex(index=df["method"].unique(), columns=df["point"].unique())
+    return table.assign(chosen=table.idxmax(axis=1)).rename_axis(columns=None).reset_index()
 
 
 def _blocks(df: pd.DataFrame) -> pd.DataFrame:

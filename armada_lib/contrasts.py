@@ -56,7 +56,10 @@ class Contrast:
 
 
 def counts(n: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """How often each of `n` examples is in each of `draws` resamples: (draws, n) float32."""
+    """How often each of `n` examples is in each of `draws` resamples: (draws, n) float32.
+
+    ValueError unless both are 1 or more.
+    """
     if n < 1 or draws < 1:
         raise ValueError(f"resampling needs examples and draws, got {n} and {draws}")
     rng = np.random.default_rng([seed, n])
@@ -140,9 +143,10 @@ def resample(drawn: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def tost(values: ArrayLike, bound: float) -> float:
-    """p of two one-sided t tests that the mean of `values` lies within -bound and bound.
+    """p of two one-sided t tests that the mean of `values` (n,) lies within -bound and bound.
 
-    nan with one value; with no spread it is 0 or 1, as the mean lies inside or outside.
+    TOST (Schuirmann, 1987). nan with one value; with no spread it is 0 or 1, as the mean lies
+    inside or outside. ValueError unless `bound`, in the unit of `values`, is above 0.
     """
     d = np.asarray(values, dtype=float)
     if not bound > 0:

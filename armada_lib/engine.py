@@ -31,7 +31,7 @@ SAVE_EVERY = 300.0  # seconds between two states that a killed run can go on fro
 
 @dataclass
 class Trained:
-    """What a run leaves besides its weights. Curves hold one value a step, NaN where undefined."""
+    """What a run leaves besides its weights. Curves are (steps,), NaN where undefined."""
 
     curves: dict[str, np.ndarray]
     epochs: list[dict[str, Any]]

@@ -55,7 +55,9 @@ def decide(outputs: np.ndarray) -> np.ndarray:
 def metric(name: str, outputs: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> float:
     """`accuracy` (%), `mcc` or `pearson` (x 100). A constant prediction has MCC and Pearson 0.
 
-    Of several labels, (n, c) logits and 0/1: `micro_f1`, over all n c decisions together, and
+    `outputs` (n, c), of a regression (n,), and `labels` (n,). ValueError for another name.
+
+    Of several labels, (n, c) logits and (n, c) of 0 and 1: `micro_f1`, over all n c decisions, and
     `macro_f1`, the mean of the labels' own; a label that is neither there nor predicted has F1 0.
     """
     if name in ("micro_f1", "macro_f1"):
@@ -81,6 +83,8 @@ def metric(name: str, outputs: np.ndarray, labels: np.ndarray, threshold: float 
 
 def behaviour(outputs: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> dict[str, Any]:
     """Does the model still tell examples apart? A collapsed run is flagged, never dropped.
+
+    `outputs` and `labels` as `metric` takes them: (n, c) or (n,).
 
     `majority_share`: largest share of one predicted class; for regression, `spread`: standard
     deviation of the scores relative to that of the labels. Of several labels a class is a set of

@@ -62,7 +62,11 @@ class TaskSeeds(Strict):
 
 
 class Study(Strict):
-    """A whole study; the first stage holds its primary contrasts."""
+    """A whole study; the first stage holds its primary contrasts.
+
+    ValueError for a name that is none (of a profile, task, teacher or method), for a task without
+    seeds, and for two stages of one name.
+    """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     profile: str
@@ -117,7 +121,10 @@ class Cell:
 
 
 def load(path: str | Path) -> Study:
-    """Read and validate a file of a study; ValueError names the file and what is wrong in it."""
+    """Read and validate a file of a study; ValueError names the file and what is wrong in it.
+
+    FileNotFoundError if it is not there.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of a study")

@@ -201,7 +201,7 @@ def read(sources: Iterable[str], profile: str) -> list[str]:
     """Texts of tasks, by name (both splits, at the profile's sizes), and of files, each once.
 
     A file has one text a line (.txt), or a column `text` (a table, see `tables.read`).
-    Raises ValueError naming what is wrong with a source, and where.
+    Raises ValueError naming what is wrong with a source, and where, and FileNotFoundError.
     """
     found: dict[str, None] = {}
     for source in sources:

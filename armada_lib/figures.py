@@ -2,7 +2,8 @@
 
 Functions return a `matplotlib.figure.Figure` and never touch pyplot's list of open figures, so a
 notebook shows each of them once. Methods and controls differ in marker and fill, not in colour
-alone. matplotlib and seaborn are imported when a figure is drawn.
+alone. matplotlib and seaborn are imported when a figure is drawn. ValueError for a table without
+rows, or without a column that is drawn.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ def style() -> None:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write `figure` as SVG to `path`; the same figure gives the same bytes."""
+    """Write `figure` as SVG to `path`; the same figure gives the same bytes.
+
+    ValueError for a path that does not end in .svg.
+    """
     path = Path(path)
     if path.suffix != ".svg":
         raise ValueError(f"figures are saved as .svg, got {path.name!r}")
@@ -155,6 +159,41 @@ def gains(
     # a legend wider than the axes would shrink the whole figure on the page
     across = 4 if max(map(len, ax.get_legend_handles_labels()[1]), default=0) < 22 else 2
     figure.legend(loc="outside upper left", ncols=min(across, rows), frameon=False)
+    return figure
+
+
+def ranks(df: pd.DataFrame, ours: str = "ARMADA") -> Figure:
+    """Average rank a method, 1 best, with its bootstrap interval and the critical difference.
+
+    `df` as of `comparison.ranks`. The band begins at the best rank: what ends in it does not differ
+    from the best at 5 %. Methods whose name begins with `ours` are filled.
+    """
+    _need(df, ["arm", "rank", "low", "high", "n", "critical"])
+    style()
+    from matplotlib.figure import Figure
+
+    df = df.sort_values("rank", ignore_index=True)
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.27 * len(df)), layout="constrained")
+    ax = figure.subplots()
+    best, width = float(df["rank"].min()), float(df["critical"].iloc[0])
+    ax.axvspan(
+        best, best + width, color="0.92", linewidth=0, label="within the critical difference"
+    )
+    for y, r in enumerate(df.itertuples()):
+        own = str(r.arm).startswith(ours)
+        ax.plot([r.low, r.high], [y, y], color="black", linewidth=1.2)
+        ax.plot(
+            r.rank, y, "o", markersize=7, color="black", markerfacecolor="C0" if own else "white"
+        )
+    ax.set_yticks(range(len(df)), df["arm"])
+    ax.set_ylim(len(df) - 0.5, -0.5)
+    ax.grid(axis="x", color="0.9", linewidth=0.8)
+    ax.set_xlim(0.5, len(df) + 0.5)
+    n = int(df["n"].iloc[0])
+    ax.set_xlabel(
+        f"average rank over {n} {'task' if n == 1 else 'tasks'} (1 is best), 95 % bootstrap interval"
+    )
+    figure.legend(loc="outside upper left", frameon=False)
     return figure
 
 

@@ -140,7 +140,8 @@ def _exists(name: str, split: str, data: str) -> bool:
 def available(suite: str, data: str) -> list[str]:
     """Test sets of a suite whose file is there (or that the hub has), the paper's first.
 
-    What `TASKS[suite].tests` has beyond it is missing, to be reported by name.
+    What `TASKS[suite].tests` has beyond it is missing, to be reported by name. `settings.Unknown`
+    for a suite or `data` ("mini", "real") that is none.
     """
     task = TASKS[profiles.check(suite, SUITES, "suite")]
     profiles.check(data, ("mini", "real"), "data")
@@ -228,7 +229,7 @@ def load(name: str, split: str, data: str) -> tuple[list[Item], dict[str, str]]:
 
 
 def score(task: str, outputs: Sequence[str], items: Sequence[Item]) -> Score:
-    """`answers.score` with the task's way to read an output."""
+    """`answers.score` with the task's way to read an output; `settings.Unknown` for no task."""
     return answers.score(TASKS[profiles.check(task, TASKS, "task")].parse, outputs, items)
 
 
@@ -283,7 +284,8 @@ def suite(
     `train_size`: a seeded sample of what the contamination check leaves (A22: 8,000 of the
     commonsense mixture); None keeps all. `test_size`: at most so many items of every test set and
     of the validation split; the check reads the whole test sets. `tests`: by default the paper's,
-    and a missing one is an error; pass `available(name, data)` to take what is there.
+    and a missing one is an error; pass `available(name, data)` to take what is there. ValueError
+    for an unknown name, no test set, sizes below 1, and more training items than are left.
     """
     task = TASKS[profiles.check(name, SUITES, "suite")]
     chosen = task.tests if tests is None else tuple(tests)

@@ -1,8 +1,9 @@
 """What the paper's discussion measures on sets of vectors. Pure functions of arrays, in float64.
 
 `x` (n, d) holds one vector a row; `labels` (n,) are whole numbers. Where a quantity has no value (one
-label only, too few rows, no spread) it is nan, never a number that looks like one. Whatever sklearn
-computes runs in one thread: sums over several are not the same bits twice.
+label only, too few rows, no spread) it is nan, never a number that looks like one. ValueError for
+vectors that are not (n, d) or not finite, and for labels that are not one a vector. Whatever
+sklearn computes runs in one thread: sums over several are not the same bits twice.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def _labels(labels: ArrayLike, n: int) -> np.ndarray:
 
 
 def purity(clusters: ArrayLike, labels: ArrayLike) -> float:
-    """(1/N) sum_k max_y |{i: cluster k, label y}| (section 6): from `majority(labels)` to 1."""
+    """(1/N) sum_k max_y |{i: cluster k, label y}| (section 6): from `majority(labels)` to 1.
+
+    `clusters`, `labels` (n,); ValueError for n = 0.
+    """
     c = np.asarray(clusters)
     y = _labels(labels, len(c))
     if not len(c):
@@ -64,13 +68,13 @@ def purity(clusters: ArrayLike, labels: ArrayLike) -> float:
 
 
 def majority(labels: ArrayLike) -> float:
-    """Share of the largest class: what purity cannot fall below, whatever the clusters are."""
+    """Share of the largest class of `labels` (n,): no clusters have a lower `purity`."""
     counts = np.unique(np.asarray(labels), return_counts=True)[1]
     return float(counts.max() / counts.sum())
 
 
 def kmeans(x: ArrayLike, k: int = 2, seed: int = 0) -> np.ndarray:
-    """Clusters (n,) of the best of ten starts; the paper uses K = 2."""
+    """Clusters (n,) of `x` (n, d), by the best of ten starts; the paper's section 6 uses K = 2."""
     from sklearn.cluster import KMeans
 
     rows = _rows(x)
@@ -83,7 +87,8 @@ def kmeans(x: ArrayLike, k: int = 2, seed: int = 0) -> np.ndarray:
 def silhouette(x: ArrayLike, labels: ArrayLike, metric: str = "euclidean") -> float:
     """Mean silhouette (Rousseeuw, 1987) in [-1, 1]; nan unless 2 to n - 1 labels occur.
 
-    `metric`: "euclidean" or "cosine" (A28). The cosine of a vector of zeros is taken as 0.
+    `x` (n, d), `labels` (n,). `metric`: "euclidean" or "cosine" (A28), else ValueError. The cosine
+    of a vector of zeros is taken as 0.
     """
     from sklearn.metrics import silhouette_score
 
@@ -120,7 +125,8 @@ def centroid_distances(x: ArrayLike, labels: ArrayLike) -> np.ndarray:
 def gaps(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
     """The three manifold distances (Eqs. 3-5) over all rows at once, not over batches.
 
-    `elementwise` mean ||a_i - b_i||, `euclid` ||mean a - mean b||, `cosine` 1 - cos(mean a, mean b).
+    `elementwise` mean ||a_i - b_i||, `euclid` ||mean a - mean b||, `cosine` 1 - cos(mean a, mean b)
+    for a in `first`, b in `second`, (n, d) each. ValueError if they differ in shape.
     """
     a, b = _rows(first, "first"), _rows(second, "second")
     if a.shape != b.shape:
@@ -135,11 +141,12 @@ def gaps(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
 
 
 def linear_cka(first: ArrayLike, second: ArrayLike, debiased: bool = False) -> float:
-    """Linear CKA of (n, d) and (n, e) (Kornblith et al., 2019): 1 for equal up to rotation and scale.
+    """Linear CKA (Kornblith et al., 2019): 1 for equal up to rotation and scale.
 
-    Plain CKA is biased upwards where n is not far above d and e: sets that share nothing look
-    alike. `debiased` uses the unbiased HSIC of Song et al. (2012), which is about 0 for them, may be
-    negative, and needs n > 3. nan where a set has no spread.
+    `first` (n, d), `second` (n, e); ValueError for unequal n. Plain CKA is biased upwards where n
+    is not far above d and e: sets that share nothing look alike. `debiased` uses the unbiased HSIC
+    of Song et al. (2012), which is about 0 for them, may be negative, and needs n > 3. nan where a
+    set has no spread.
     """
     a, b = _rows(first, "first"), _rows(second, "second")
     if len(a) != len(b):
@@ -171,7 +178,8 @@ def _unbiased(k: np.ndarray, m: np.ndarray) -> float:
 def sensitivity(scores: ArrayLike, sigmas: ArrayLike) -> float:
     """Var(score) / Var(sigma) over the noise levels (section 6), in points squared a unit (A25).
 
-    The same degrees of freedom above and below, so that their choice does not matter.
+    `scores`, `sigmas` (n,). The same degrees of freedom above and below, so that their choice does
+    not matter. ValueError for fewer than two levels, or equal ones.
     """
     y, x = np.asarray(scores, np.float64), np.asarray(sigmas, np.float64)
     if y.shape != x.shape or y.ndim != 1 or len(y) < 2:
@@ -182,7 +190,10 @@ def sensitivity(scores: ArrayLike, sigmas: ArrayLike) -> float:
 
 
 def autocorrelation(values: ArrayLike) -> float:
-    """Correlation of a series (n,) with itself one step later; nan without spread or below 3 values."""
+    """Correlation of a series (n,) with itself one step later (A26).
+
+    nan without spread or below 3 values.
+    """
     x = np.asarray(values, np.float64)
     if len(x) < 3 or not np.ptp(x):
         return math.nan

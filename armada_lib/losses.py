@@ -1,9 +1,10 @@
 """Eqs. 1-5 of the paper and their documented alternatives, as small pure functions.
 
 Shapes: `b` examples, `c` outputs (classes, labels, or 1 for regression), `k` shared width.
-Every function returns a 0-d tensor, computes in float32 (or float64 if its inputs are) also when
-the inputs are bf16 and under autocast, and leaves stop-gradients to the caller [A10]. Tags such
-as [A6] name the places where the paper leaves a choice open; each table below lists the choices.
+Every loss is a 0-d tensor, computed in float32 (or float64 if its inputs are) also when the inputs
+are bf16 and under autocast, and leaves stop-gradients to the caller [A10]. Tags such as [A6] name
+the places where the paper leaves a choice open; each table below lists the choices. ValueError for
+two tensors that are compared and differ in shape, and for tau of 0 or less.
 
     T  task loss                  TASK_LOSS   loss(outputs, targets)
     Phi                           PHI         phi(outputs)
@@ -99,7 +100,7 @@ TASK_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def softmax(outputs: Tensor) -> Tensor:
-    """(b, c) logits -> (b, c) class probabilities; goes with `cross_entropy`."""
+    """(b, c) logits -> (b, c) class probabilities (Phi of Eq. 2); goes with `cross_entropy`."""
     return torch.softmax(_float(outputs), -1)
 
 
@@ -200,7 +201,10 @@ SOFT: dict[str, Callable[..., Tensor]] = {
 
 
 def student_output(task: Tensor, soft: Tensor, alpha: float) -> Tensor:
-    """Eq. 2: (1 - alpha) T(y, o_s) + alpha D(o_ts, o_s), from its two terms; L_s2 likewise."""
+    """Eq. 2: (1 - alpha) T(y, o_s) + alpha D(o_ts, o_s), of its two terms; L_s2 likewise.
+
+    `task` is T, `soft` is D; both and the result are 0-d.
+    """
     return (1 - alpha) * task + alpha * soft
 
 

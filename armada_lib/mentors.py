@@ -191,7 +191,7 @@ class Stored:
 
 
 def load(s: RunSpec, store: RunStore) -> Stored:
-    """The mentor of run `s`; `prepare` has made it."""
+    """The mentor of run `s`, made by `prepare`; ValueError if its profile now describes another."""
     return Stored(_mentor(s), store)
 
 
@@ -205,7 +205,8 @@ def prepare(
     """Make what these runs need of their mentors and the store lacks; returns how many lacked some.
 
     `train` is `runs.compute`. Safe beside other workers: one makes a mentor, the others wait; a
-    killed fine-tuning goes on. The mentors' own Results are stored as well.
+    killed fine-tuning goes on. The mentors' own Results are stored as well. ValueError for a run
+    whose profile now describes another mentor.
     """
     count = 0
     for level in _levels(wanted, store):

@@ -43,7 +43,10 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 
 
 class Profile(Strict):
-    """One scale: where data come from, what stands behind each name, and the settings."""
+    """One scale: where data come from, what stands behind each name, and the settings.
+
+    ValueError if a reading has no weights, or the student of `nlu` is none of `students`.
+    """
 
     name: str
     about: str
@@ -77,7 +80,10 @@ class Profile(Strict):
         return self.teachers[check(name, self.teachers, f"teacher (profile {self.name})")]
 
     def recipe(self, group: str, task: str, student: str, **overrides: Any) -> Training:
-        """Settings of one run: default < group < task < student < overrides (None = not given)."""
+        """Settings of one run: default < group < task < student < overrides (None = not given).
+
+        ValueError for a setting that does not exist (`Unknown`) or is out of its bounds.
+        """
         merged: dict[str, Any] = dict(self.training.get("default", {}))
         for layer, name in (("groups", group), ("tasks", task), ("students", student)):
             merged |= self.training.get(layer, {}).get(name, {})
@@ -171,7 +177,10 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def default() -> str:
-    """`ARMADA_PROFILE`, else `paper` where an NVIDIA driver is loaded, else `mini`."""
+    """`ARMADA_PROFILE`, else `paper` where an NVIDIA driver is loaded, else `mini`.
+
+    `Unknown` if the variable names no profile.
+    """
     chosen = os.environ.get("ARMADA_PROFILE")
     if chosen:
         return check(chosen, names(), "profile (ARMADA_PROFILE)")

@@ -52,7 +52,7 @@ class Distances(NamedTuple):
 
 
 def distances(p_ts: ArrayLike, p_s: ArrayLike) -> Distances:
-    """E, U, C, m of one batch; `p_ts`, `p_s` (b, k). ValueError if the shapes differ."""
+    """E, U, C (Eqs. 5, 4, 3), m of one batch; `p_ts`, `p_s` (b, k), else ValueError."""
     x, y = np.asarray(p_ts, np.float64), np.asarray(p_s, np.float64)
     if x.ndim != 2 or x.shape != y.shape:
         raise ValueError(f"two batches of one shape (b, k) are needed, got {x.shape} and {y.shape}")
@@ -73,7 +73,8 @@ def distances(p_ts: ArrayLike, p_s: ArrayLike) -> Distances:
 def batched(p_ts: ArrayLike, p_s: ArrayLike, size: int) -> pd.DataFrame:
     """`distances` of every batch of `size` rows in order, with `printed` and `corrected`.
 
-    Rows that do not fill a batch are left out. ValueError if there is no whole batch.
+    `p_ts`, `p_s` (n, k). Rows that do not fill a batch are left out. ValueError if there is no
+    whole batch.
     """
     x, y = np.asarray(p_ts, np.float64), np.asarray(p_s, np.float64)
     starts = range(0, len(x) - size + 1, size)
@@ -92,7 +93,7 @@ def batched(p_ts: ArrayLike, p_s: ArrayLike, size: int) -> pd.DataFrame:
 def random_batches(cases: int, seed: int) -> pd.DataFrame:
     """`cases` random batches: 1 to 8 examples, 2 to 64 dimensions, scales e^-3 to e^2 for each side.
 
-    One row a batch: `examples`, `width`, the fields of `Distances`, and `printed`, `corrected`.
+    One row a batch: `examples`, `width`, its `distances`, and `printed`, `corrected`.
     """
     rng, rows = np.random.default_rng(seed), []
     for _ in range(cases):
@@ -142,9 +143,10 @@ def violations(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def smallest_counterexample(limit: int = 4) -> tuple[Array, Array]:
-    """The shortest integer centroids a, b in the plane with U < m sqrt(C), E = U: a batch of one.
+    """The shortest integer centroids a, b (2,) with U < m sqrt(C), E = U: a batch of one.
 
-    Searched in order of |a|^2 + |b|^2 over entries from 0 to `limit`. ValueError if there is none.
+    Against Proposition 1. Searched in order of |a|^2 + |b|^2 over entries from 0 to `limit`.
+    ValueError if there is none.
     """
     entries = range(limit + 1)
     points = [np.array(p, np.float64) for p in itertools.product(entries, entries) if any(p)]
@@ -157,9 +159,10 @@ def smallest_counterexample(limit: int = 4) -> tuple[Array, Array]:
 
 
 def many_batches(d: ArrayLike, size: int) -> float:
-    """Mean of U^2 over all batches of `size` of the n differences `d` (n, k), drawn without replacement.
+    """Mean of U^2 (Eq. 4) over all batches of `size` of the n differences `d` (n, k).
 
-    |mean d|^2 + (variance of d / size) (n - size) / (n - 1). ValueError unless 1 <= size <= n.
+    Drawn without replacement: |mean d|^2 + (variance of d / size) (n - size) / (n - 1). ValueError
+    unless 1 <= size <= n.
     """
     x = np.asarray(d, np.float64)
     n, mean = len(x), x.mean(0)
@@ -177,7 +180,7 @@ class Optima(NamedTuple):
 
 
 def spread(x: Array) -> tuple[Array, Array]:
-    """E and U (n,) of two scalar examples x (n, 2) whose teacher is 0."""
+    """E and U (n,), Eqs. 5 and 4, of two scalar examples x (n, 2) whose teacher is 0."""
     return np.abs(x).mean(1), np.abs(x.mean(1))
 
 
@@ -185,7 +188,8 @@ def optima(Q: ArrayLike, c: ArrayLike, beta: ArrayLike) -> Optima:
     """Exact minimisers of f + beta E and f + beta U, f(x) = (x - c)' Q (x - c) / 2.
 
     `Q` (n, 2, 2) symmetric positive definite, `c` (n, 2), `beta` (n,). Both objectives are smooth
-    but on a few lines, so the minimiser is among the stationary points of each piece.
+    but on a few lines, so the minimiser is among the stationary points of each piece. For what
+    Proposition 1 calls the highest regularisation.
     """
     Q, c, beta = (np.asarray(v, np.float64) for v in (Q, c, beta))
     centre, inverse = np.einsum("nij,nj->ni", Q, c), np.linalg.inv(Q)
@@ -236,7 +240,8 @@ def gradient_norms(
 
     Teacher rows have length about sqrt(width); the student's are `at` away from them, half of it
     in a direction that the rows share. Columns `loss`, `distance` (= E), `norm`, and `shared`: the
-    norm of the gradient with respect to a bias that all rows share.
+    norm of the gradient with respect to a bias that all rows share. `names` are of
+    `losses.MANIFOLD` (Eqs. 3-5), else ValueError.
     """
     rng, rows = np.random.default_rng(seed), []
     teacher = rng.standard_normal((examples, width)) + 0.5 * rng.standard_normal(width)
@@ -257,7 +262,8 @@ def matching_gradients(
 ) -> pd.DataFrame:
     """The same for logit matching (Eq. 2): one example, the student's first logit `at` too low.
 
-    Columns `loss`, `distance` (of the logits), `norm` of the gradient with respect to them.
+    Columns `loss`, `distance` (of the logits), `norm` of the gradient with respect to them. `names`
+    are of `losses.SOFT`, else ValueError.
     """
     rows = []
     for name in names:
@@ -279,8 +285,8 @@ def plane_batch(
 ) -> tuple[Array, Array]:
     """Five rows of the plane for each side, with centroids exactly a and b: (5, 2), (5, 2).
 
-    Both scatter alike around their centroid (E = U); `swapped` gives the student's rows to other
-    examples, which no centroid shows (E > U).
+    Both scatter alike around their centroid (E = U, Eqs. 5 and 4); `swapped` gives the student's
+    rows to other examples, which no centroid shows (E > U).
     """
     turn = 2 * np.pi * np.arange(5) / 5
     offsets = scatter * np.stack([np.cos(turn), np.sin(turn)], 1)

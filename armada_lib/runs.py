@@ -35,8 +35,9 @@ def run(
     """The stored Result of `s`, or compute and store it.
 
     Safe beside other workers (one computes, the others wait), and a killed run goes on from its
-    last state. Under `accelerate launch` all processes call this together. Raises
-    `filelock.Timeout` instead of waiting for another worker, if `wait` is False.
+    last state. Under `accelerate launch` all processes call this together; ValueError if a mentor
+    or start that it needs is not there yet. Raises `filelock.Timeout` instead of waiting for
+    another worker, if `wait` is False.
     """
     store = store or RunStore()
     if (found := store.load(s.key)) is not None:

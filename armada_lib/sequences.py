@@ -48,7 +48,7 @@ class Sequences(Encoded):
 def sequences(
     prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad: int, limit: int
 ) -> tuple[Sequences, int]:
-    """Join prompts and responses (token ids), cutting responses at `limit` tokens in all.
+    """Join `prompts` and `responses`, token ids (t,), cutting responses at `limit` tokens in all.
 
     Returns the data and how many responses were cut. Raises ValueError for an empty prompt or
     response and for a prompt that leaves no room for one answer token.

@@ -49,7 +49,7 @@ class StudentSpec(Strict):
 
     `layers`: the encoder layers of the checkpoint that are kept, from 0; None = all. With `lora` it
     is a causal model that generates. `gguf`: the file to unpack in a folder without safetensors;
-    `bits`: 4 loads it quantised, on a GPU.
+    `bits`: 4 loads it quantised, on a GPU. ValueError for `layers` that do not ascend.
     """
 
     name: str
@@ -78,6 +78,9 @@ class OwnTask(Strict):
     `held_out` of the rows is kept for it, drawn once. `texts`: one column, or two that are read
     together. `labels`: the classes, in the order of the outputs; or `scale`: (lowest, highest) of a
     score that is predicted. `metric` None: accuracy, or Pearson's correlation of a score.
+
+    ValueError unless it has either `labels` (two or more, each once) or `scale` (in order), and
+    for a `metric` beside a scale.
     """
 
     train: str
@@ -215,6 +218,9 @@ class BlackboxSpec(_Teacher):
     Of an api: `key_variable` names the environment variable that holds the key (None: it asks for
     none), `max_calls` bounds all calls ever made for the folder, `timeout` (seconds) one call, and
     `backoff` (seconds) is the first wait before it is asked again, up to `retries` times.
+
+    ValueError for a source without what it needs: api `base_url` and `model`, folder `folder`,
+    painter `painter`.
     """
 
     kind: Literal["blackbox"] = "blackbox"
@@ -361,7 +367,9 @@ class Baselines(Strict):
     """What the chapter on baselines runs when it is not told otherwise.
 
     `mentor` and `assistant` are names of students: the model that a baseline learns from, and the
-    one between mentor and student (TAKD). `weights`: for a method whose own are not wanted.
+    one between mentor and student (TAKD). `weights`: for a method whose own are not wanted. `grid`:
+    training settings with the values to choose from, for each method, by the mean score on held-out
+    training rows of `grid_tasks` (empty: all of them); the grid of both tables.
     """
 
     student: str
@@ -371,6 +379,8 @@ class Baselines(Strict):
     methods: list[str]
     seeds: list[int]
     weights: dict[str, Share] = {}
+    grid: dict[str, list[Any]] = {}
+    grid_tasks: list[str] = []
     multimodal: Pictured | None = None
 
 

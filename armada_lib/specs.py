@@ -59,7 +59,8 @@ def spec(
     is fine-tuned for each task, with `mentor_seed`, whatever the student's seed is; so is a start
     pre-trained on pictures. `teacher`: some methods read another (`methods.Entry.teacher`), which the
     profile names. `training`: any field of `profiles.Training`. Checks every name and number, reads
-    the task's rows and identifies all checkpoints, so that whatever is wrong shows before any work.
+    the task's rows and identifies all checkpoints, so that whatever is wrong shows before any work:
+    ValueError (of names `settings.Unknown`) says what would be valid.
     """
     p = profiles.load(profile)
     need_gpu(p)
@@ -266,7 +267,11 @@ def grid(
     controls: Sequence[str] = ("euclid",),
     **common: Any,
 ) -> list[RunSpec]:
-    """All combinations, each once; `common` goes to `spec`. `controls`: the manifold losses of controls."""
+    """All combinations, each once; `common` goes to `spec`.
+
+    `controls`: the manifold losses of controls. `settings.Unknown` for a method or loss that is
+    none, and whatever `spec` raises.
+    """
     for values, valid, what in (
         (methods, METHODS, "method"),
         (manifolds, MANIFOLDS, "manifold loss"),

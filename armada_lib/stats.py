@@ -3,7 +3,8 @@
 Differences are always first minus second: `paired_difference(distilled, undistilled)` is a gain.
 Units are those of the scores. With one value there is no spread: standard deviation, interval and
 p are nan and `note` says why, so that a table can show the run without pretending to an interval.
-Empty input and values that are not finite raise ValueError.
+Empty input, values that are not finite, a level outside (0, 1) and an unknown alternative raise
+ValueError.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _no_spread(x: np.ndarray) -> bool:
 
 
 def summary(values: ArrayLike, level: float = 0.95) -> Summary:
-    """Mean, standard deviation and t interval of `values` (n,), one per seed."""
+    """Mean, standard deviation and t interval (Student, 1908) of `values` (n,), one per seed."""
     _check(level)
     x = _vector(values, "values")
     if len(x) == 1:
@@ -130,10 +131,11 @@ def _test(name: str, r: Any, mean: float, n: int, level: float) -> TTest:
 def paired_t(
     first: ArrayLike, second: ArrayLike, alternative: str = "two-sided", level: float = 0.95
 ) -> TTest:
-    """Paired t test of `first` (n,) against `second` (n,), pair by pair.
+    """Paired t test (Student, 1908) of `first` (n,) against `second` (n,), pair by pair.
 
     `alternative` "greater" means that first is greater; the interval is then one-sided too (high
     is inf). With one pair, or equal differences in all pairs, t and p are nan and `note` says so.
+    ValueError for unequal lengths.
     """
     _check(level, alternative)
     a, b = _vector(first, "first"), _vector(second, "second")
@@ -152,8 +154,9 @@ def paired_t(
 def welch_t(
     first: ArrayLike, second: ArrayLike, alternative: str = "two-sided", level: float = 0.95
 ) -> TTest:
-    """Welch's t test of two independent samples (n,) and (m,); `n` of the result is n + m.
+    """Welch's t test (Welch, 1947) of independent samples, `first` (n,) and `second` (m,).
 
+    `n` of the result is n + m.
     Steps of one run are autocorrelated: give one mean per seed, or read p as a lower bound [A26].
     """
     _check(level, alternative)
@@ -194,7 +197,7 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile interval by resampling.
+    """Percentile interval by resampling (Efron and Tibshirani, 1993).
 
     `values` (n,): one number per seed (or pair, or cell); the metric of each resample.
     `values` (seeds, examples, ...): predictions, or anything per example, of every seed on the
@@ -246,10 +249,11 @@ def bootstrap(
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
-    """McNemar's test from `first`, `second` (n,): was each example answered correctly?
+    """McNemar's test (McNemar, 1947) from `first`, `second` (n,): was each example answered right?
 
     Of the examples on which they disagree, half would be won by either under the null hypothesis.
-    Two-sided exact binomial p (never too small) and mid-p (closer to its nominal size).
+    Two-sided exact binomial p (never too small) and mid-p (closer to its nominal size). ValueError
+    for unequal lengths, and for anything but 0 and 1.
     """
     a, b = np.asarray(first), np.asarray(second)
     if a.ndim != 1 or a.shape != b.shape or a.size == 0:
@@ -265,7 +269,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
 
 
 def holm(p: ArrayLike) -> np.ndarray:
-    """Holm's adjusted p values (n,), valid under any dependence, in the order given.
+    """Holm's adjusted p values (n,) (Holm, 1979), valid under any dependence, in the order given.
 
     nan (a test that could not be made) stays nan but counts in n, which errs on the safe side.
     ValueError for values outside [0, 1].
@@ -283,9 +287,10 @@ def holm(p: ArrayLike) -> np.ndarray:
 def spearman(
     first: ArrayLike, second: ArrayLike, *, draws: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Correlation:
-    """Spearman's rank correlation of `first` (n,) and `second` (n,), ties at their mean rank.
+    """Rank correlation (Spearman, 1904) of `first` (n,) and `second` (n,), ties at their mean rank.
 
-    rho is nan, with a note, for fewer than three pairs or a constant side.
+    rho is nan, with a note, for fewer than three pairs or a constant side. ValueError for unequal
+    lengths.
     """
     _check(level)
     a, b = _vector(first, "first"), _vector(second, "second")

@@ -107,6 +107,7 @@ class Student(nn.Module):
     """`model` + training branch. See `load` for how one is made.
 
     forward takes a batch's `inputs` (packed or padded) and returns a `StudentOutput`.
+    `settings.Unknown` for a model of another architecture than `FAMILIES`.
     """
 
     def __init__(self, model: Any, tokenizer: Any, pooling: str | None, regression: bool):
@@ -341,7 +342,7 @@ def limit(student: Student, max_length: int) -> int:
 def tokenise(
     student: Student, first: list[str], second: list[str] | None, max_length: int
 ) -> tuple[list[np.ndarray], list[np.ndarray] | None, int]:
-    """(token ids of every text, token types or None, how many texts were cut at `max_length`)."""
+    """(token ids (t,) of every text, token types (t,) or None, how many texts `max_length` cut)."""
     tok, cap = student.tokenizer, limit(student, max_length)
     full = tok(first, second, truncation=True, max_length=cap, return_overflowing_tokens=False)
     ids = [np.asarray(x, dtype=np.int32) for x in full["input_ids"]]

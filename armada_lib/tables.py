@@ -57,7 +57,7 @@ def column(rows: list[Row], name: str, source: str) -> list[Any]:
 
 
 def apart(groups: list[str], share: float) -> tuple[np.ndarray, np.ndarray]:
-    """(rows to train on, rows held out): about `share` of them, drawn once.
+    """(rows to train on (n,), rows held out (m,)): about `share` of them held out, drawn once.
 
     Rows of one group (the same text) stay together, so that no evaluated text was trained on.
     Raises ValueError if either part would be empty.

@@ -129,7 +129,10 @@ TASKS: dict[str, Task] = {t.name: t for t in (
 
 
 def get(name: str, copa: str = "choice", own: OwnTask | None = None) -> Task:
-    """The task of that name, or `profiles.Unknown` listing the valid ones; `own`: what it is else."""
+    """The task of that name, or `profiles.Unknown` listing the valid ones; `own`: what it is else.
+
+    ValueError for an `own` task that has the name of one of the paper's.
+    """
     if own is not None:
         return _own(name, own)
     task = TASKS[profiles.check(name, TASKS, "task")]
@@ -368,7 +371,9 @@ def read(
     for path in paths:
         if path.exists():
             source = f"{group}/{folder}/{split}"
-            return tables.read(path), f"mini/{source}" if data == "mini" else f"{source} (local file)"
+            return tables.read(
+                path
+            ), f"mini/{source}" if data == "mini" else f"{source} (local file)"
     if data == "mini":
         raise FileNotFoundError(f"mini data of {title}: {paths[0]} not found")
     if paths:
@@ -456,7 +461,7 @@ def splits(
 
     `train_size` keeps a fixed random subset, the same for every method and seed. `split`
     "holdout" evaluates on training rows outside that subset: settings are chosen there, so that
-    the validation split is read only for results.
+    the validation split is read only for results; ValueError if there are too few.
     """
     train = load(name, "train", data, copa, own)
     order = np.random.default_rng(SUBSET_SEED).permutation(len(train))

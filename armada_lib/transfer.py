@@ -20,7 +20,11 @@ Array = np.ndarray
 
 
 def kernel(matrix: ArrayLike) -> Array:
-    """Orthonormal basis of {x : matrix x = 0}, one vector a row: (nullity, columns)."""
+    """Orthonormal basis of {x : matrix x = 0}, one vector a row: (nullity, columns).
+
+    `matrix` (rows, columns). Points that differ by one of them have one image, where the proof of
+    Proposition 2 takes two.
+    """
     m = np.asarray(matrix, np.float64)
     _, s, vt = np.linalg.svd(m)
     rank = int((s > s.max(initial=0) * max(m.shape) * np.finfo(np.float64).eps).sum())
@@ -125,9 +129,9 @@ def transfer(
 ) -> Bound:  # fmt: skip
     """What a small manifold loss says about the logits: mean_i |a_s,i - a_ts,i| and its bound.
 
-    `p_ts`, `p_s` (b, k); a head is (W (c, k), w (c,)); matrix norms are spectral. From
-    a_s - a_ts = W_s (p_s - p_ts) + (W_s - W_ts) p_ts + (w_s - w_ts). With `centroids` the same of the
-    batch means, which is all that Eqs. 3 and 4 give.
+    `p_ts`, `p_s` (b, k); `head_ts`, `head_s` (W (c, k), w (c,)); matrix norms are spectral. From
+    a_s - a_ts = W_s (p_s - p_ts) + (W_s - W_ts) p_ts + (w_s - w_ts). With `centroids` the same of
+    the batch means, which is all that Eqs. 3 and 4 give.
     """
     (W_ts, w_ts), (W_s, w_s) = ((np.asarray(v, np.float64) for v in h) for h in (head_ts, head_s))
     x, y = np.asarray(p_ts, np.float64), np.asarray(p_s, np.float64)

@@ -45,7 +45,10 @@ def show(profile: str, teacher: str, texts: Sequence[str]) -> list[Shown]:
 
 
 def sentences(profile: str, tasks: Sequence[str], longest: int = 60) -> list[str]:
-    """The first text of at most `longest` characters in each task's validation split."""
+    """The first text of at most `longest` characters in each task's validation split.
+
+    ValueError if there is none.
+    """
     found = []
     for task in tasks:
         _, held = specs.examples(specs.spec(profile, task, "undistilled"))

@@ -143,3 +143,20 @@ def test_importing_does_not_load_matplotlib():
     code = "import sys, armada_lib.figures; sys.exit('matplotlib' in sys.modules)"
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_ranks_show_the_best_first_ours_filled_and_the_band_of_the_best():
+    df = pd.DataFrame({
+        "arm": ["KD", "ARMADA cosine", "undistilled"], "rank": [2.0, 1.25, 2.75],
+        "low": [1.5, 1.0, 2.0], "high": [2.5, 1.5, 3.0], "n": 4, "critical": 1.2,
+    })  # fmt: skip
+    figure = figures.ranks(df)
+    (ax,) = figure.axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["ARMADA cosine", "KD", "undistilled"]
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [line.get_markerfacecolor() == "white" for line in dots] == [False, True, True]
+    assert [line.get_xdata()[0] for line in dots] == [1.25, 2.0, 2.75]
+    band = ax.patches[0]
+    assert (band.get_x(), band.get_width()) == (1.25, pytest.approx(1.2))
+    with pytest.raises(ValueError, match="missing column"):
+        figures.ranks(df.drop(columns="critical"))

@@ -78,6 +78,14 @@ def test_parameters_cell_comes_first_and_the_guard_next(path):
 
 
 @chapters
+def test_a_cell_with_a_figure_ends_in_it(path):
+    """Inside an `if` it would be drawn and never shown."""
+    for cell in code(path):
+        if "figure" in cell["metadata"].get("mystnb", {}):
+            assert isinstance(ast.parse(cell["source"]).body[-1], ast.Expr), cell["id"]
+
+
+@chapters
 def test_code_fits_the_page(path):
     for cell in code(path):
         for line in cell["source"].splitlines():

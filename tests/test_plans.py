@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import yaml
 
-from armada_lib import plans, profiles, results, runs, teachers
+from armada_lib import comparison, plans, profiles, results, runs, teachers
 from armada_lib.methods import METHODS, TABLE_7, TABLE_8
 from armada_lib.profiles import Unknown
+from armada_lib.results import Result
 
 
 def given(**changed):
@@ -151,3 +154,75 @@ def test_every_printed_name_is_a_method_and_an_unknown_one_lists_all():
     with pytest.raises(Unknown, match="unknown method 'ViLBRT'") as e:
         plans.common.methods_of("ViLBRT", [])
     assert all(m in str(e.value) for m in METHODS)
+
+
+@pytest.fixture
+def gridded():
+    """A profile whose baselines choose between two learning rates."""
+    profiles.own().mkdir()
+    block = {"student_lr": [1e-4, 3e-4]}
+    raw = {"about": "two rates", "like": "smoke", "baselines": {"grid": block}}
+    (profiles.own() / "gridded.yaml").write_text(yaml.safe_dump(raw))
+    profiles.load.cache_clear()
+    yield "gridded"
+    profiles.load.cache_clear()
+
+
+def test_every_method_chooses_from_the_same_grid_on_held_out_training_rows(gridded):
+    asked = dict(profile=gridded, teacher="sd14", student="auto", mentor="auto", tasks="cola",
+                 methods="kd,armada", manifold="cosine", seeds=[3, 4], workers=None, keep="")  # fmt: skip
+    plan, pictured = plans.baselines(asked)
+    assert pictured.tried == [] and plan.varied == ["student_lr"]
+    assert len(plan.tried) == 3 * 2 and len(plan.specs) == 3 * 2
+    assert {(s.training.split, s.seed) for s in plan.tried} == {("holdout", 3)}
+    assert {s.training.split for s in plan.specs} == {"validation"}
+    rates = {m: [s.training.student_lr for s in plan.tried if s.method == m]
+             for m in ("undistilled", "kd", "armada")}  # fmt: skip
+    assert set(map(tuple, rates.values())) == {(1e-4, 3e-4)}
+    score = {"undistilled": (1.0, 1.0), "kd": (1.0, 2.0), "armada": (2.0, 1.0)}
+    found = [
+        Result(
+            s, "mcc", {"student": score[s.method][s.training.student_lr > 2e-4]}, {}, np.zeros(2)
+        )
+        for s in plan.tried
+    ]
+    chosen = {(s.method, s.seed): s.training.student_lr for s in plan.chosen(found)}
+    assert chosen == {
+        ("undistilled", 3): 1e-4, ("undistilled", 4): 1e-4,  # the first of two equals
+        ("kd", 3): 3e-4, ("kd", 4): 3e-4, ("armada", 3): 1e-4, ("armada", 4): 1e-4,
+    }  # fmt: skip
+    shown = comparison.choices(found, plan.varied)
+    assert list(shown["method"]) == ["undistilled", "KD", "ARMADA cosine"]
+    assert list(shown["student_lr 0.0003"]) == [1.0, 2.0, 1.0]
+    assert list(shown["chosen"]) == [f"student_lr {x}" for x in ("0.0001", "0.0003", "0.0001")]
+
+
+def test_a_grid_may_look_at_some_of_the_tasks(gridded):
+    path = profiles.own() / "gridded.yaml"
+    raw = yaml.safe_load(path.read_text())
+    raw["baselines"]["grid_tasks"] = ["stsb"]
+    path.write_text(yaml.safe_dump(raw))
+    profiles.load.cache_clear()
+    asked = dict(profile=gridded, teacher="sd14", student="auto", mentor="auto", tasks="cola,stsb",
+                 methods="kd", manifold="cosine", seeds=[3], workers=None, keep="")  # fmt: skip
+    plan, _ = plans.baselines(asked)
+    assert {s.task for s in plan.tried} == {"stsb"} and len(plan.tried) == 4
+    found = [
+        Result(s, "pearson", {"student": float(n)}, {}, np.zeros(2))
+        for n, s in enumerate(plan.tried)
+    ]
+    chosen = plan.chosen(found)
+    assert {s.task for s in chosen} == {"cola", "stsb"} and len(chosen) == 4
+    assert {s.training.student_lr for s in chosen} == {3e-4}
+
+
+def test_without_a_grid_nothing_is_tried(gridded):
+    asked = dict(profile="smoke", teacher="sd14", student="auto", mentor="auto", tasks="cola",
+                 methods="kd", manifold="cosine", seeds=[3], workers=None, keep="")  # fmt: skip
+    plan, _ = plans.baselines(asked)
+    assert plan.tried == [] and plan.chosen([]) == plan.specs
+    bad = profiles.own() / "gridded.yaml"
+    bad.write_text(bad.read_text().replace("student_lr", "student_rate"))
+    profiles.load.cache_clear()
+    with pytest.raises(ValueError, match="unknown training setting 'student_rate'"):
+        plans.baselines(asked | {"profile": gridded})

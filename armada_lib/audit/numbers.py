@@ -30,7 +30,8 @@ def printed_numbers(text: str) -> list[str]:
 def agrees(value: float, printed: str) -> bool:
     """Whether `value` prints as `printed`, or lies on the side that "<" or ">" says.
 
-    A value half-way between two printed ones agrees with both. nan agrees with nothing.
+    A value half-way between two printed ones agrees with both. nan agrees with nothing. ValueError
+    if what is printed is not finite.
     """
     if printed[0] in "<>":
         bound = float(printed[1:])
@@ -124,7 +125,10 @@ def bert_weights(
 
 
 def best_of(n: int) -> float:
-    """Expected maximum of `n` independent standard normal numbers (closed form by quadrature)."""
+    """Expected maximum of `n` independent standard normal numbers (closed form by quadrature).
+
+    ValueError for `n` below 1.
+    """
     if n < 1:
         raise ValueError(f"the best of how many? got {n}")
     integrand = lambda x: x * n * sps.norm.pdf(x) * sps.norm.cdf(x) ** (n - 1)

@@ -117,6 +117,7 @@ def status_of(claim: str) -> str:
     """What the paper's own numbers say of a claim: a word of `COMPUTED`, or of `STATED`.
 
     Computed from the readings wherever they compare with the claim; else as the data state it.
+    `settings.Unknown` for no claim of theirs; ValueError if there is neither.
     """
     stated = str(claims().loc[check(claim, claims().index, "claim"), "status"])
     if stated in STATED:

@@ -59,7 +59,8 @@ class Armada(Method):
     student loss reaches the aligner.
 
     `aligned=False` leaves the teacher out and keeps the added layers (a control); `frozen=True`
-    keeps the aligner at its random start (Figure 9, Table 15).
+    keeps the aligner at its random start (Figure 9, Table 15). ValueError for the soft loss "kl"
+    of a regression, and for names of losses that are none.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class Armada(Method):
         return (AlignerOutput(*(x.detach() for x in t)) if s.training.detach else t), terms
 
     def aligner_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """T(y, o_ts): the task's own loss on one of the aligner's heads."""
+        """T(y, o_ts), 0-d: the task's own loss on `logits` (n, c) of one of the aligner's heads."""
         return self.task(logits, batch.labels)
 
     def _match(self, taught: Tensor, student: Tensor) -> Tensor:

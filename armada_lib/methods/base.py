@@ -38,7 +38,7 @@ class Mentor(Protocol):
 
     @property
     def anchors(self) -> list[Tensor]:
-        """Logits after each epoch of its fine-tuning; the last are `logits`."""
+        """Logits (n, c) after each epoch of its fine-tuning; the last are `logits`."""
 
     @property
     def cls(self) -> Tensor:
@@ -88,7 +88,7 @@ class Setting:
 
 
 class Method:
-    """Undistilled fine-tuning: minimise T(y, o_s). Every other method starts from here.
+    """Undistilled fine-tuning: minimise T(y, o_s), of Eq. 2. Every other method starts from here.
 
     A method holds its own trainable `parts` (the engine gives each an optimiser), says which phase
     each epoch is, turns a batch and the student's output into named losses, and may act after a
@@ -141,7 +141,8 @@ class Method:
         """Train the partners; called in every step before `losses`, if there are any.
 
         `out` is the student's output, with its graph. After a .backward(), `step(name)` averages
-        that partner's gradients over processes, clips them, steps and clears; it returns their norm.
+        that partner's gradients over processes, clips them, steps and clears; it returns
+        their norm, 0-d.
         """
 
     def autocast(self, device: torch.device) -> torch.autocast:
@@ -168,7 +169,7 @@ class Method:
 
     @torch.no_grad()
     def other_heads(self, teacher: Tensor | None) -> dict[str, Tensor]:
-        """Logits of the method's own heads for these teacher vectors (Tables 6 and 10)."""
+        """Logits (n, c) of the method's own heads for teacher vectors (n, m) (Tables 6 and 10)."""
         return {}
 
     def facts(self) -> dict[str, float]:
@@ -177,5 +178,5 @@ class Method:
 
 
 def texts(batch: Batch, per_example: int) -> np.ndarray:
-    """Numbers of the batch's texts, in the order of the student's outputs."""
+    """Numbers (n,) of a batch's texts, `per_example` an example, as the student's outputs come."""
     return (batch.rows[:, None] * per_example + np.arange(per_example)[None]).reshape(-1)

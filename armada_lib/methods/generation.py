@@ -21,7 +21,8 @@ from armada_lib.students import StudentOutput
 
 class ArmadaGeneration(Armada):
     """L_s = CE(y, o_s) + g MSE(A_s(p_s), A_t(p_ts)) + b M(p_ts, p_s) and
-    L_t = MSE(o_ts, h_t) + g MSE(A_t(p_ts), h_t), on disjoint graphs.
+    L_t = MSE(o_ts, h_t) + g MSE(A_t(p_ts), h_t), on disjoint graphs (A31). h_t, o_ts, A_t(p_ts) and
+    A_s(p_s) are (b, m).
     """
 
     def losses(

@@ -166,6 +166,8 @@ class VisualGuidance(Method):
     source has photographs and captions of Multi30K; they stay fixed, where the source trains its
     table of them as well. A word is a word piece that begins a word. Only the vector that is pooled
     looks at pictures (all of them where the mean is pooled): the others' would not be read.
+
+    ValueError without the width of the pictures.
     """
 
     reads_teacher = True

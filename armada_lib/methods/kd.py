@@ -31,6 +31,8 @@ class KD(Method):
 
     Unsure: the a, tau and reduction behind the printed row; codes that average over classes as well
     weigh the second term as many times less as there are classes.
+
+    ValueError without a mentor.
     """
 
     def __init__(self, setting: Setting, student: Student):
@@ -41,16 +43,19 @@ class KD(Method):
         self.per_example = 2 if setting.kind == "choice" else 1
 
     def said(self, batch: Batch, table: Tensor) -> Tensor:
-        """The mentor's rows for the batch's texts, in float32, in the order of the outputs."""
+        """Rows (n, ...) of the mentor's `table` (texts, ...) for the batch's n texts, as float32.
+
+        They are in the order of the student's outputs.
+        """
         rows = torch.from_numpy(texts(batch, self.per_example))
         return table[rows].to(batch.labels.device, torch.float32)
 
     def taught(self, batch: Batch) -> Tensor:
-        """z_t, a row a text."""
+        """z_t (n, c), a row a text."""
         return self.said(batch, self.mentor.logits)
 
     def soft(self, z_t: Tensor, z_s: Tensor) -> Tensor:
-        """How far the student's logits are from these, a row a text each."""
+        """How far the student's logits `z_s` are from `z_t`, (n, c) each, a row a text: 0-d."""
         z_t, z_s = self.shape(z_t), self.shape(z_s)
         if self.setting.kind == "regression":
             return losses.mse(z_s, z_t)
@@ -105,7 +110,10 @@ class PKD(KD):
         return terms
 
     def patience(self, h_t: Tensor, h_s: Tensor) -> Tensor:
-        """Mean squared difference of (n, layers, d), of vectors of length 1 if `normalised`."""
+        """Mean squared difference of `h_t` and `h_s` (n, layers, d).
+
+        Of vectors brought to length 1 if `normalised`.
+        """
         if self.setting.training.normalised:
             h_t, h_s = F.normalize(h_t, dim=-1), F.normalize(h_s, dim=-1)
         return F.mse_loss(h_s, h_t)
@@ -180,7 +188,10 @@ class ContinuationKD(KD):
         }
 
     def continuation(self, z_t: Tensor, z_s: Tensor) -> Tensor:
-        """Squared distance to the damped logits, as far as it is over the margin."""
+        """Squared distance of `z_s` to the damped `z_t`, (n, c) each.
+
+        As far as it is over the margin; a mean over examples, 0-d.
+        """
         gap = (self.shape(z_s) - self.phi_now * self.shape(z_t)).float().square()
         each = gap if gap.ndim == 1 else gap.sum(-1)
         return (each - self.setting.gamma * self.phi_now).clamp(min=0).mean()

@@ -125,7 +125,10 @@ class MetaDistil(Method):
         return 0.2 * t.student_lr if t.partner_lr is None else t.partner_lr
 
     def attach(self, data: Encoded) -> None:
-        """Take the training examples, as the student reads them, and put a tenth aside as quiz."""
+        """Take the training examples, as the student reads them, and put a tenth aside as quiz.
+
+        ValueError if there are fewer than two.
+        """
         if len(data) < 2:
             raise ValueError(f"metadistil splits the training examples; there are {len(data)}")
         order = np.random.default_rng([self.setting.seed, len(data)]).permutation(len(data))
@@ -159,7 +162,7 @@ class MetaDistil(Method):
     # -- the two levels ------------------------------------------------------------------------
 
     def pilot(self, batch: Batch, taught: Seen) -> dict[str, Tensor]:
-        """theta' of the student, by name; differentiable with respect to what was taught."""
+        """theta' of the student by name, each (...) as before; differentiable in `taught`."""
         named = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             own = self._seen("student", self.student(batch.inputs), batch)
@@ -175,7 +178,7 @@ class MetaDistil(Method):
         }
 
     def quiz_loss(self, batch: Batch, taught: Seen) -> Tensor:
-        """The task loss, on quiz examples, of the student after its pilot step on this batch."""
+        """Task loss, 0-d, on quiz examples, of the student after its pilot step on this batch."""
         changed = self.pilot(batch, taught)
         assert self.data is not None
         draw = np.random.default_rng([self.setting.seed, *batch.rows.tolist()])

@@ -48,11 +48,12 @@ def hinge(states: Tensor, clips: Tensor, mask: Tensor, margin: float = MARGIN) -
 
 
 def nst(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Neuron selectivity transfer: squared MMD of feature maps, kernel k(a, b) = (a . b)^2.
+    """Neuron selectivity transfer (Huang and Wang, 2017): squared MMD of feature maps.
 
-    `student` (n, t, d), `teacher` (n, t, e), `mask` (n, t). A feature map is one unit over the tokens
-    of one text, brought to length 1. A mean over texts of mean k(s, s') + mean k(t, t')
-    - 2 mean k(s, t), each over all pairs of units; at least 0, and 0 for equal states.
+    `student` (n, t, d), `teacher` (n, t, e), `mask` (n, t). A feature map is one unit over the
+    tokens of one text, brought to length 1. A mean over texts of mean k(s, s') + mean k(t, t')
+    - 2 mean k(s, t), each over all pairs of units, k(a, b) = (a . b)^2; at least 0, and 0 for equal
+    states.
     """
     grams = []
     for x in (student, teacher):

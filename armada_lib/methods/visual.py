@@ -31,7 +31,7 @@ STD = 0.02  # of new weights, as BERT draws them
 
 
 def regions(x: Tensor, r: int = REGIONS, channels: int | None = None) -> Tensor:
-    """Pictures (n, m) as r regions of m / r numbers each: (n, r, m / r).
+    """Pictures (n, m) as r regions of m / r numbers each, (n, r, m / r), for methods of Table 8.
 
     With `channels` c a picture is c x side x side numbers, as latents (c = 4) and grey frames (1)
     are, and its regions are the patches of a grid, row by row; else it is a vector of features,
@@ -70,7 +70,8 @@ def mask_regions(
 def mispair(pictures: Tensor) -> tuple[Tensor, Tensor]:
     """(pictures (n, m) in which about half are another text's, is each its text's own (n,) int64).
 
-    A picture equal to a text's own counts as its own; a single text keeps it.
+    A picture equal to a text's own counts as its own; a single text keeps it. For the match that Li
+    et al. (2019) and Lu et al. (2019) ask for.
     """
     n, device = len(pictures), pictures.device
     if n == 1:
@@ -106,10 +107,10 @@ def special_ids(student: Student) -> Tensor:
 def mask_tokens(
     ids: Tensor, special: Tensor, mask: int, vocabulary: int, share: float = SHARE
 ) -> tuple[Tensor, Tensor]:
-    """(ids as the model is to read them, which are asked for (bool)), both shaped as `ids`.
+    """(ids as the model is to read them, which are asked for (bool)), both (...) as `ids`.
 
-    Each token that is not special is asked for with probability `share`; of those 80 % become `mask`,
-    10 % a token drawn from the vocabulary, 10 % stay (Devlin et al., 2019).
+    Each token that is not in `special` (k,) is asked for with probability `share`; of those 80 %
+    become `mask`, 10 % a token drawn from the vocabulary, 10 % stay (Devlin et al., 2019).
     """
     draw = lambda: torch.rand(ids.shape, device=ids.device)
     chosen = (draw() < share) & ~torch.isin(ids, special.to(ids.device))
@@ -246,7 +247,9 @@ def join(packing: Packing, r: int) -> Joint:
 
 
 class Stage(Method):
-    """Pre-training of a BERT student's encoder; its data are texts, `batch.teacher` their pictures.
+    """Pre-training of a BERT student's encoder, as of the baselines in Table 8.
+
+    Its data are texts, and `batch.teacher` their pictures.
 
     A stage says by `make` which parts it adds, besides the masked-word head; they learn as fast as
     the student, and `finish` drops them. The engine runs no student for it (`predicts`).
@@ -289,7 +292,7 @@ class Stage(Method):
         return self.setting.training.student_lr
 
     def masked(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`mask_tokens` over this student's vocabulary."""
+        """`mask_tokens` of ids (...) over this student's vocabulary."""
         return mask_tokens(ids, self.special, self.mask, self.vocabulary)
 
     def masked_words(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,10 @@ class Vokenization(visual.Stage):
         return ["aligner"] * first + ["student"] * (epochs - first)  # type: ignore[return-value]
 
     def attach(self, data: Encoded) -> None:
-        """Copy the encoder as it came, choose the pictures, make the heads."""
+        """Copy the encoder as it came, choose the pictures, make the heads.
+
+        ValueError for examples of several texts.
+        """
         if data.per_example != 1:
             raise ValueError("vokenization reads plain texts, not examples of several")
         self.data, self.offsets = data, torch.from_numpy(np.cumsum(data.lengths) - data.lengths)

@@ -283,7 +283,7 @@ class XAdapter(Method):
         return ["aligner"] * self.first + ["joint"] * (epochs - self.first)  # type: ignore[return-value]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """What the student reads of a batch; shows the V-expert its pictures."""
+        """What the student reads of a batch; shows the V-expert its pictures, or ValueError."""
         if self.reads_teacher:
             if batch.teacher is None:
                 raise ValueError("the V-expert reads pictures; the texts have none")

@@ -49,7 +49,10 @@ def load(spec: AudioSpec, device: str = "cpu") -> AudioTeacher:
 
 
 class AudioTeacher:
-    """A frozen text-to-speech model as an encoder of texts. See `armada_lib.teachers`."""
+    """A frozen text-to-speech model as an encoder of texts. See `armada_lib.teachers`.
+
+    ValueError for settings that do not fit each other, FileNotFoundError without its weights.
+    """
 
     def __init__(self, spec: AudioSpec, device: str = "cpu") -> None:
         self.spec, self.name, self.width = spec, spec.name, spec.width
@@ -80,7 +83,10 @@ class AudioTeacher:
         return total / len(self.voice.speakers)
 
     def speak(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
-        """What `encode` hears (its first speaker): float32 samples in [-1, 1] and their rate, Hz."""
+        """What `encode` hears (its first speaker): float32 (samples,) in [-1, 1] and the rate, Hz.
+
+        ValueError for a text that cannot be spoken.
+        """
         common.check_texts(texts)
         step = self.spec.batch_size
         return [s for i in range(0, len(texts), step) for s in self._speak(texts[i : i + step], 0)]

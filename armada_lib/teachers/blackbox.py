@@ -179,9 +179,10 @@ def from_callable(
 ) -> BlackboxTeacher:  # fmt: skip
     """A teacher of any Python function from a text to a picture or a sound.
 
-    It returns a PIL image, or (waveform (samples,) of floats, rate in Hz), or None to refuse. It is
-    called once a text; what it returned is kept in `folder` (None: in the store). `version` is part
-    of the fingerprint: change it, and the folder, when the function changes.
+    It returns a PIL image, or (waveform (samples,) of floats, rate in Hz), or None to refuse; of
+    anything that `encoder` does not read the teacher raises ValueError. It is called once a text;
+    what it returned is kept in `folder` (None: in the store). `version` is part of the fingerprint:
+    change it, and the folder, when the function changes.
     """
     chosen = encoders.get(encoder)
     source = {"callable": name, "version": version}

@@ -61,7 +61,9 @@ class Collection:
     # -- reading -------------------------------------------------------------------------------
 
     def read(self) -> None:
-        """Take in what the index holds by now."""
+        """Take in what the index holds by now. Raises ValueError if it is wrong, or none is there
+        and none may be made.
+        """
         table = self.folder / "index.csv"
         with self._mutex:
             if table.exists():

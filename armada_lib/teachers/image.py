@@ -74,7 +74,10 @@ def load(spec: ImageSpec, device: str = "cpu") -> ImageTeacher:
 
 
 class ImageTeacher:
-    """A frozen text-to-image model as an encoder of texts. See `armada_lib.teachers`."""
+    """A frozen text-to-image model as an encoder of texts. See `armada_lib.teachers`.
+
+    ValueError for settings that do not fit the checkpoint, FileNotFoundError without its weights.
+    """
 
     def __init__(self, spec: ImageSpec, device: str = "cpu") -> None:
         if spec.latent == "two-stage" and spec.guidance_rescale:

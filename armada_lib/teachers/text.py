@@ -27,7 +27,10 @@ def load(spec: TextSpec, device: str = "cpu") -> TextTeacher:
 
 
 class TextTeacher:
-    """The mean of a frozen encoder's token vectors. See `armada_lib.teachers`."""
+    """The mean of a frozen encoder's token vectors. See `armada_lib.teachers`.
+
+    ValueError for a width that is not the checkpoint's, FileNotFoundError without its weights.
+    """
 
     def __init__(self, spec: TextSpec, device: str = "cpu") -> None:
         from transformers import AutoModel, AutoTokenizer

@@ -54,7 +54,10 @@ def load(spec: VideoSpec, device: str = "cpu") -> VideoTeacher:
 
 
 class VideoTeacher:
-    """A frozen text-to-video model as an encoder of texts. See `armada_lib.teachers`."""
+    """A frozen text-to-video model as an encoder of texts. See `armada_lib.teachers`.
+
+    ValueError for settings that do not fit the checkpoint, FileNotFoundError without its weights.
+    """
 
     def __init__(self, spec: VideoSpec, device: str = "cpu") -> None:
         self.spec, self.name, self.width, self.device = spec, spec.name, spec.width, device
