@@ -224,6 +224,19 @@ def test_tables_and_figures_have_every_contrast_that_was_asked_for():
 # ---------------------------------------------------------------------------- committed files
 
 
+def test_the_front_page_has_the_main_contrasts_of_the_first_teacher(tmp_path, monkeypatch):
+    p = evidence({("armada", "sd14"): 3.0})
+    df = told.main(p)
+    assert list(dict.fromkeys(df["contrast"])) == ["sd14", "real sd14", "shuffled sd14"]
+    assert set(df["task"]) == set(p.tasks)
+    monkeypatch.setattr(profiles, "ROOT", tmp_path)
+    (tmp_path / "book" / "_static").mkdir(parents=True)
+    other = again(p, study=p.study.model_copy(update={"name": "mine"}))
+    assert told.show_on_front_page(other) is None  # somebody's own study leaves the book's alone
+    shown = told.show_on_front_page(again(p, study=p.study.model_copy(update={"name": "study"})))
+    assert shown == tmp_path / "book/_static/study.svg" and shown.stat().st_size > 1000
+
+
 @pytest.fixture
 def tiny(project):
     """The file of a tiny study."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pandas as pd
 
-from armada_lib import chapter, contrasts, profiles, report
+from armada_lib import chapter, contrasts, figures, plots_study, profiles, report
 from armada_lib.contrasts import HARMS, MATTERS, MIXED, NOT, OPEN, Contrast
 from armada_lib.plans.common import played
 from armada_lib.plans.study import OVER, PRIMARY, Pair, Studied
@@ -156,6 +157,22 @@ def secondary(p: Studied) -> pd.DataFrame:
     df = df.assign(contrast=df["title"], title=[panels.get(n) for n in names], group="secondary")
     order = {panel: i for i, panel in enumerate(panels.values())}
     return df[df["title"].notna()].sort_values("title", key=lambda x: x.map(order), kind="stable")
+
+
+def main(p: Studied) -> pd.DataFrame:
+    """The contrasts of the primary tasks that matter most: real, shuffled and undistilled, first teacher."""
+    who = p.who(*p.first)
+    df = p.frame(p.tasks, [PRIMARY, OVER])
+    return df[df["contrast"].isin([who, f"real {who}", f"shuffled {who}"])]
+
+
+def show_on_front_page(p: Studied) -> Path | None:
+    """Save the main contrasts where the book's introduction, which is read last, looks for them."""
+    if p.study.name != "study" or not p.records:
+        return None
+    return figures.save(
+        plots_study.forest(main(p)), profiles.ROOT / "book" / "_static" / "study.svg"
+    )
 
 
 def summary(p: Studied, tasks: Iterable[str], groups: Iterable[str]) -> pd.DataFrame:
