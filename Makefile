@@ -23,7 +23,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup nlu test book pdf lab check bench clean
+.PHONY: help setup nlu test test-library test-book book pdf lab check bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -55,12 +55,17 @@ nlu: $(READY)  ## run the NLU chapter (teacher sd14) and write out.ipynb
 	@echo "==> done: open out.ipynb (make lab)"
 
 test: $(READY)  ## run every test: library, notebooks, book build, pages, README commands
-	@echo "==> tests 1/3: library and notebook hygiene ($(JOBS) processes)"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow" -n $(JOBS)
-	@echo "==> tests 2/3: the book from a clean tree with profile smoke, warnings are errors"
-	@ARMADA_PROFILE=smoke $(MAKE) --no-print-directory book
-	@echo "==> tests 3/3: built pages, chapters under papermill"
+	@echo "==> tests 1/2: library and notebook hygiene ($(JOBS) processes); beside them, since much of it"
+	@echo "    is waiting, the book from a clean tree with profile smoke, warnings are errors"
+	@$(MAKE) --no-print-directory -j2 test-library test-book
+	@echo "==> tests 2/2: built pages, chapters under papermill"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow -n $(JOBS)
+
+test-library: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow" -n $(JOBS)
+
+test-book: $(READY)
+	@ARMADA_PROFILE=smoke $(MAKE) --no-print-directory book
 
 book: $(READY)  ## build the book from a clean tree into _build/html
 	rm -rf _build
