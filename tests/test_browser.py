@@ -17,7 +17,7 @@ from threading import Thread
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
 from armada_lib.profiles import ROOT
 
@@ -75,10 +75,15 @@ def watch(page: Page, host: str, faults: list[str]) -> None:
         if it.status >= 400:
             faults.append(f"{it.status}: {it.url}")
 
+    def failed(it: Request) -> None:
+        # whoever leaves a page at once stops what it has not shown yet; a missing file says otherwise
+        if it.failure != "net::ERR_ABORTED":
+            faults.append(f"not loaded: {it.url} {it.failure}")
+
     page.on("request", request)
     page.on("console", console)
     page.on("pageerror", lambda it: faults.append(f"script: {it}"))
-    page.on("requestfailed", lambda it: faults.append(f"not loaded: {it.url} {it.failure}"))
+    page.on("requestfailed", failed)
     page.on("response", response)
 
 

@@ -142,7 +142,8 @@ def test_a_failing_cell_and_a_broken_reference_stop_the_build(tmp_path):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, source / part)
         (source / "book" / "_static").mkdir()
-        (source / "book" / "_static" / "book.css").write_text("")
+        for file in ("book.css", "favicon.svg"):
+            (source / "book" / "_static" / file).write_text("")
         (source / "_toc.yml").write_text(
             "format: jb-book\nroot: book/one\nchapters:\n- file: book/two\n"
         )
