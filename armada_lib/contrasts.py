@@ -182,18 +182,21 @@ SAME, OPEN, MIXED = "no difference that matters", "undecided", "mixed"
 NOT = "the teacher does not matter"
 
 
+def direction(c: Contrast, p: float) -> int:
+    """1 or -1 if the contrast lies on that side of zero, by `p` < 5 %, mean and interval; else 0."""
+    if p < 0.05 and c.mean > 0 and c.low > 0:
+        return 1
+    return -1 if p < 0.05 and c.mean < 0 and c.high < 0 else 0
+
+
 def conclude(primary: dict[str, Contrast]) -> dict[str, str]:
     """For each task of the primary family what is concluded of it; Holm over the family, level 5 %."""
     found = list(primary.values())
     differs, equal = holm([c.p for c in found]), holm([c.p_equivalent for c in found])
     said = {}
     for (task, c), p, q in zip(primary.items(), differs, equal, strict=True):
-        if p < 0.05 and c.mean > 0 and c.low > 0:
-            said[task] = MATTERS
-        elif p < 0.05 and c.mean < 0 and c.high < 0:
-            said[task] = HARMS
-        else:
-            said[task] = SAME if q < 0.05 and c.inside else OPEN
+        none = SAME if q < 0.05 and c.inside else OPEN
+        said[task] = {1: MATTERS, -1: HARMS, 0: none}[direction(c, p)]
     return said
 
 

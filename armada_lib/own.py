@@ -243,13 +243,10 @@ def compare(found: Sequence[Result]) -> dict[str, Contrast]:
 
 def table(found: Sequence[Result]) -> pd.DataFrame:
     """A row an arm: seeds, mean and standard deviation of the score, collapsed runs."""
-    df = report.arms(report.table(found))
-    rows = []
-    for name, part in df.groupby("arm", sort=False):
-        sd = part["score"].std() if len(part) > 1 else math.nan
-        rows.append({"trained as": name, "seeds": len(part), "mean": part["score"].mean(), "sd": sd,
-                     "collapsed": int(part["collapsed"].sum())})  # fmt: skip
-    return pd.DataFrame(rows)
+    by_arm = report.arms(report.table(found)).groupby("arm", sort=False)
+    made = by_arm.agg(seeds=("score", "size"), mean=("score", "mean"), sd=("score", "std"),
+                      collapsed=("collapsed", "sum"))  # fmt: skip
+    return made.rename_axis("trained as").reset_index()
 
 
 CRITERION = (
@@ -267,35 +264,29 @@ def answer(found: Sequence[Result]) -> tuple[str, str]:
     c = compare(found)
     if not PAIRS.keys() <= c.keys() or min(x.n for x in c.values()) < 3:
         return "undecided", "It cannot be said: every arm needs three seeds or more."
-    over, knows, anything = (
-        c[k] for k in ("real − undistilled", "real − shuffled", "shuffled − undistilled")
-    )
-    up = lambda x: x.p < 0.05 and x.mean > 0 and x.low > 0
-    down = lambda x: x.p < 0.05 and x.mean < 0 and x.high < 0
+    lies = {name: contrasts.direction(x, x.p) for name, x in c.items()}
+    over, knows = lies["real − undistilled"], lies["real − shuffled"]
+    if over > 0 and knows > 0:
+        outcome, said = "reproduced", "Yes. The teacher helped, and by what it knows of each text."
+    elif over < 0 or knows < 0:
+        worse = "a shuffled teacher" if knows < 0 else "no teacher at all"
+        outcome, said = "not reproduced", f"No. The student does worse than with {worse}."
+    elif over > 0 and lies["shuffled − undistilled"] > 0:
+        outcome = "not reproduced"
+        said = "Not by what it knows: a teacher that knows nothing helps as well."
+    elif over > 0:
+        outcome, seen = "undecided", c["real − shuffled"].found
+        said = (
+            "The student gained, but not clearly more than with a shuffled teacher: more seeds or "
+            f"examples would tell; {seen:.1f} points would probably have been seen."
+        )
+    else:
+        outcome, most = "undecided", max(c["real − undistilled"].high, 0)
+        said = (
+            "No gain was found over the student that nobody taught. A true gain above "
+            f"{most:.1f} points is unlikely."
+        )
     numbers = "; ".join(
         f"{k} {report.signed(x.mean)}{report.interval(x.low, x.high)}" for k, x in c.items()
     )
-    if up(over) and up(knows):
-        said = "reproduced", "Yes. The teacher helped, and by what it knows of each text."
-    elif down(over) or down(knows):
-        worse = "a shuffled teacher" if down(knows) else "no teacher at all"
-        said = "not reproduced", f"No. The student does worse than with {worse}."
-    elif up(over) and up(anything):
-        said = "not reproduced", "Not by what it knows: a teacher that knows nothing helps as well."
-    elif up(over):
-        said = (
-            "undecided",
-            (
-                "The student gained, but not clearly more than with a shuffled teacher: more seeds or "
-                f"examples would tell; {knows.found:.1f} points would probably have been seen."
-            ),
-        )
-    else:
-        said = (
-            "undecided",
-            (
-                "No gain was found over the student that nobody taught. A true gain above "
-                f"{max(over.high, 0):.1f} points is unlikely."
-            ),
-        )
-    return said[0], f"{said[1]} In points: {numbers}; {over.n} seeds."
+    return outcome, f"{said} In points: {numbers}; {c['real − undistilled'].n} seeds."

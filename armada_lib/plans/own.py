@@ -36,7 +36,7 @@ class YourOwn(Plan):
 
     @property
     def classes(self) -> pd.DataFrame:
-        """How many examples of each class, or the lowest, mean and highest score, by split."""
+        """How many examples of each class, or the mean and spread of the scores, by split."""
         rows = []
         for split, e in zip(("training", "held out"), specs.examples(self.specs[0]), strict=True):
             row: dict[str, Any] = {"split": split, "examples": len(e)}
