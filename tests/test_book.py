@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import logging
 import re
 import sys
 import tomllib
@@ -170,6 +171,50 @@ def test_one_setting_switches_the_launch_buttons(address):
     assert bool(options["launch_buttons"]) == options["use_repository_button"] == bool(address)
     ours = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     assert not ours["sphinx"]["config"]["html_theme_options"]["repository_url"], "no public address"
+
+
+# ----------------------------------------------------------------------------- the first page
+
+
+def role(folder, chapter):
+    """What `{status}` makes of a chapter in a page of a book in `folder`, and the files it rests on."""
+    used = []
+    env = types.SimpleNamespace(srcdir=str(folder), docname="intro", note_dependency=used.append)
+    settings = types.SimpleNamespace(env=env)
+    inliner = types.SimpleNamespace(document=types.SimpleNamespace(settings=settings))
+    made, problems = extension("armada_pages").Status()("status", chapter, chapter, 1, inliner)
+    assert not problems
+    return made, used
+
+
+def test_the_first_page_counts_what_became_of_a_chapters_claims(tmp_path):
+    table = tmp_path / "book" / "ledger.csv"
+    table.parent.mkdir()
+    rows = ["a,?,undecided", "a,✘,not reproduced", "b,✔,reproduced", "a,?,undecided"]
+    table.write_text("chapter,sign,status\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    made, used = role(tmp_path, "a")
+    assert "".join(n.astext() for n in made) == "2\N{NO-BREAK SPACE}? 1\N{NO-BREAK SPACE}✘"
+    assert [n["explanation"] for n in made[::2]] == ["undecided", "not reproduced"]
+    assert used == [str(table)]  # a changed ledger makes the page stale
+    assert [n.astext() for n in role(tmp_path, "c")[0]] == ["–"]
+
+
+def test_without_a_ledger_the_build_is_warned(tmp_path, caplog):
+    logger = logging.getLogger("sphinx.armada_pages")
+    logger.addHandler(caplog.handler)
+    try:
+        assert role(tmp_path, "a") == ([], [])
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "no ledger to count in" in caplog.text
+
+
+def test_every_chapter_that_judges_claims_shows_their_status():
+    text = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| \{doc\}`(\w+)`.*\{status\}`(\w+)` \|$", text, flags=re.M)
+    assert all(of == counted for of, counted in shown)
+    entries = yaml.safe_load((ROOT / "book" / "ledger.yaml").read_text(encoding="utf-8"))["entries"]
+    assert {of for of, _ in shown} == {e["chapter"] for e in entries}
 
 
 # ----------------------------------------------------------------------------- citation

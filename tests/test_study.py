@@ -235,6 +235,7 @@ def test_the_front_page_has_the_main_contrasts_of_the_first_teacher(tmp_path, mo
     assert told.show_on_front_page(other) is None  # somebody's own study leaves the book's alone
     shown = told.show_on_front_page(again(p, study=p.study.model_copy(update={"name": "study"})))
     assert shown == tmp_path / "book/_static/study.svg" and shown.stat().st_size > 1000
+    assert shown.with_suffix(".txt").read_text(encoding="utf-8").strip() == told.answer(p)[0]
 
 
 @pytest.fixture

@@ -111,8 +111,8 @@ def frame() -> pd.DataFrame:
     """A row an entry, in the order of the kinds and of `book/ledger.yaml`; all columns are text.
 
     id, kind, entry, chapter, claims, criterion, published, recomputed, own_numbers (what these
-    say), measured, verdict (in full), outcome, profile, cast, seeds, evidence, status, why (it was
-    not attempted, or is as stated).
+    say), measured, verdict (in full), outcome, profile, cast, seeds, evidence, sign and status, why
+    (it was not attempted, or is as stated).
     """
     rows = []
     for kind in KINDS:
@@ -130,7 +130,7 @@ def frame() -> pd.DataFrame:
                 "profile": _profile(path) if path else "", "cast": found.said if found else "",
                 "seeds": found.seeds if found else "",
                 "evidence": path.relative_to(ROOT).as_posix() if path else "",
-                "status": outcome, "why": why,
+                "sign": STATUSES[outcome], "status": outcome, "why": why,
             })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -181,7 +181,7 @@ def page(kind: str, statuses: list[str]) -> pd.DataFrame:
     rows = []
     for r in df.itertuples():
         measured = f"{r.measured} ({r.profile}, seeds: {r.seeds})" if r.measured else "–"
-        said = f"{STATUSES[r.status]} {r.status}" + (f": {r.why}" if r.why else "")
+        said = f"{r.sign} {r.status}" + (f": {r.why}" if r.why else "")
         rows.append({
             "status": said, "entry": _link(r.entry, chapter_file(r.chapter) if r.chapter else None),
             "published": r.published, "recomputed": r.recomputed, "measured": measured,

@@ -9,6 +9,7 @@ import pandas as pd
 
 from armada_lib import chapter, contrasts, figures, plots_study, profiles, report
 from armada_lib.contrasts import HARMS, MATTERS, MIXED, NOT, OPEN, Contrast
+from armada_lib.files import write_text
 from armada_lib.plans.common import played
 from armada_lib.plans.study import OVER, PRIMARY, Pair, Studied
 
@@ -167,12 +168,12 @@ def main(p: Studied) -> pd.DataFrame:
 
 
 def show_on_front_page(p: Studied) -> Path | None:
-    """Save the main contrasts where the book's introduction, which is read last, looks for them."""
+    """Save main contrasts and first sentence where the book's introduction, read last, looks for them."""
     if p.study.name != "study" or not p.records:
         return None
-    return figures.save(
-        plots_study.forest(main(p)), profiles.ROOT / "book" / "_static" / "study.svg"
-    )
+    folder = profiles.ROOT / "book" / "_static"
+    write_text(folder / "study.txt", f"{_primary(p)}\n")
+    return figures.save(plots_study.forest(main(p)), folder / "study.svg")
 
 
 def summary(p: Studied, tasks: Iterable[str], groups: Iterable[str]) -> pd.DataFrame:

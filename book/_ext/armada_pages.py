@@ -1,10 +1,16 @@
-"""Pages that know when they are stale, and that fetch nothing from a network."""
+"""Pages that know when they are stale, that fetch nothing, and a role that counts a chapter's verdicts."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from docutils import nodes
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxRole
 
 # What a notebook's outputs depend on besides its own cells.
 WATCH = (
@@ -33,8 +39,31 @@ def outdated(app: Any, env: Any, added: set, changed: set, removed: set) -> list
 
 
 def order(app: Any, env: Any, docnames: list[str]) -> None:
-    """Read the introduction last: it shows figures that other pages draw."""
+    """Read the introduction last: it shows figures, a sentence and counts that other pages make."""
     docnames.sort(key=lambda d: (d == app.config.root_doc, d))
+
+
+class Status(SphinxRole):
+    """What became of the claims that a chapter judges: `` {status}`02_nlu` `` gives "3 ✘ 2 ?".
+
+    Counted in `book/ledger.csv`, which the page of the ledger writes when it is built.
+    """
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        table = Path(self.env.srcdir) / "book" / "ledger.csv"
+        if not table.exists():
+            where = (self.env.docname, self.lineno)
+            logging.getLogger(__name__).warning("no ledger to count in: %s", table, location=where)
+            return [], []
+        self.env.note_dependency(str(table))
+        with table.open(encoding="utf-8", newline="") as lines:
+            rows = [r for r in csv.DictReader(lines) if r["chapter"] == self.text]
+        found = Counter((r["sign"], r["status"]) for r in rows)
+        parts: list[nodes.Node] = []
+        for (sign, status), n in found.most_common():
+            said = nodes.abbreviation("", f"{n}\N{NO-BREAK SPACE}{sign}", explanation=status)
+            parts += [said, nodes.Text(" ")]
+        return parts[:-1] or [nodes.Text("–")], []
 
 
 def no_thebe(app: Any, pagename: str, templatename: str, context: dict, doctree: Any) -> None:
@@ -61,6 +90,7 @@ def buttons(app: Any, config: Any) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
+    app.add_role("status", Status())
     app.connect("config-inited", buttons)
     app.connect("env-get-outdated", outdated)
     app.connect("env-before-read-docs", order)
