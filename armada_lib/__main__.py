@@ -39,14 +39,18 @@ def main(argv: list[str] | None = None) -> None:
     study = commands.add_parser(
         "study",
         help="run what is missing of a study, here and on other machines",
-        description="Run what is missing of a study, in its order. What is stored is left alone, and "
-        "what another worker on the same store computes is left to it, so that the same command may "
-        "run on many machines that share a folder, and again after a kill.",
+        description="Run what is missing of a study, in its order. What is stored or committed in "
+        "book/results is left alone, and what another worker on the same store computes is left to "
+        "it, so that the same command may run on many machines that share a folder, and again after "
+        "a kill.",
     )
     study.add_argument("file", help="the study, e.g. params/study.yaml")
     study.add_argument("--workers", type=int, default=1, help="processes of one thread; default: 1")
     study.add_argument("--store", default=None, help="folder; default: ARMADA_STORE or .armada")
     study.add_argument("--stage", default=None, help="only this stage of the study")
+    study.add_argument(
+        "--all", action="store_true", help="compute what is committed in book/results, too"
+    )
     instead = study.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="number, key, state, stage and name")
     instead.add_argument("--cell", help="run one cell alone, by number or key, for schedulers")
@@ -113,8 +117,12 @@ def _study(given: argparse.Namespace) -> None:
         path, n = experiment.export(study, store)
         print(f"{path}: {n:,} of {len(experiment.cells(study)):,} cells")
         return
+    kept = set() if given.all else experiment.committed(study)
     if given.cell is not None:
         job = experiment.pick(study, given.cell)
+        if job.spec.key in kept and job.spec not in store:
+            print(f"{job.spec.key} {job.name}: committed, left alone without --all")
+            return
         runs.run(job.spec, store)
         print(f"{job.spec.key} {job.name}: stored")
         return
@@ -133,10 +141,17 @@ def _study(given: argparse.Namespace) -> None:
         found = [j for j in found if j.cell.stage == given.stage]
     if given.list:
         for j in found:
-            state = "stored" if j.spec in store else "missing"
+            gone = "committed" if j.spec.key in kept else "missing"
+            state = "stored" if j.spec in store else gone
             print(j.number, j.spec.key, state, j.cell.stage, j.name, sep="\t")
     else:
         say = functools.partial(print, flush=True)  # a log is read while it grows
+        left = [j for j in found if j.spec.key not in kept or j.spec in store]
+        if len(left) < len(found):
+            say(
+                f"{len(found) - len(left):,} cells committed in book/results; --all computes them, too"
+            )
+        found = left
         count = experiment.work(found, store, given.workers, say)
         print(", ".join(f"{n:,} {what}" for what, n in count.items()))
 

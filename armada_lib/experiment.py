@@ -326,6 +326,12 @@ def _evidence(study: Study) -> Path:
     return profiles.ROOT / "book" / "results" / f"{study.name}.jsonl"
 
 
+def committed(study: Study) -> set[str]:
+    """Keys of the cells that are in book/results already, whoever computed them."""
+    path = _evidence(study)
+    return {r["key"] for r in results.read(path)} if path.exists() else set()
+
+
 def export(study: Study, store: RunStore, folder: Path | None = None) -> tuple[Path, int]:
     """Write the finished cells to `folder`/<name>.jsonl, and their labels beside it; returns the
     file and how many cells of the study it holds.

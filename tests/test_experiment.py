@@ -209,6 +209,33 @@ def test_the_command_runs_what_is_missing_and_shows_no_score(own, tmp_path, caps
     assert {p: p.stat().st_mtime_ns for p in monkey.rglob("*")} == before
 
 
+def test_what_is_committed_is_left_alone_unless_all_is_asked_for(own, tmp_path, project, capsys):
+    run(own, tmp_path / "a", "--cell", "0")
+    run(own, tmp_path / "a", "--cell", "2")
+    run(own, tmp_path / "a", "--export")
+    try:
+        capsys.readouterr()
+        run(own, tmp_path / "b", "--list")
+        states = [x.split("\t")[2] for x in capsys.readouterr().out.splitlines()]
+        assert states == ["committed", "missing", "committed"] + ["missing"] * 6
+        run(own, tmp_path / "b", "--cell", "0")
+        assert "committed, left alone without --all" in capsys.readouterr().out
+        run(own, tmp_path / "b")
+        said = capsys.readouterr().out
+        assert said.startswith(
+            "2 cells committed in book/results; --all computes them, too\n7 cells, 0 st"
+        )
+        assert "7 computed" in said
+        run(own, tmp_path / "b", "--all")
+        assert "2 computed" in capsys.readouterr().out
+        run(own, tmp_path / "b", "--list")  # what is stored as well is called so
+        states = [x.split("\t")[2] for x in capsys.readouterr().out.splitlines()]
+        assert set(states) == {"stored"}
+    finally:
+        for path in (project / "book/results").glob("small*"):
+            path.unlink()
+
+
 @pytest.mark.parametrize("cell, message", [("9", "has cells 0 to 8"), ("beef", "neither a number")])
 def test_a_cell_that_is_not_there_is_named(own, tmp_path, cell, message):
     with pytest.raises(SystemExit, match=message):
