@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from armada_lib import own, profiles, runs, specs
 from armada_lib.files import write_text
@@ -18,6 +19,7 @@ from armada_lib.own import Project
 from armada_lib.results import Result, RunStore
 from armada_lib.students import quiet
 
+WEIGHTS, ABOUT = "model.safetensors", "run.json"  # the checkpoint, and which run it is
 AGREE = 0.98  # of predictions; training may be in bf16, the plain checkpoint predicts in fp32
 
 
@@ -27,13 +29,16 @@ def export(
     """Write the distilled student of the first seed to `folder`, with a model card; returns the folder.
 
     It is trained once more, as its run was, and then read back with plain transformers: RuntimeError
-    unless that predicts what the run predicted. An older export is replaced when all is done; ValueError
-    for a folder that holds anything else.
+    unless that predicts what the run predicted. An older export is replaced when all is done, one of the
+    same run is kept and gets a new card; ValueError for a folder that holds anything else.
     """
     folder, s = Path(folder), p.best
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds other files: export to a new folder")
     stored = next(r for r in found if r.spec.key == s.key)
+    if (share := _exported(folder, s.key)) is not None:
+        write_text(folder / "README.md", card(p, found, share))
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         new = Path(beside) / "student"
@@ -46,10 +51,27 @@ def export(
                 "this machine training does not repeat; run it again here, then export"
             )
         write_text(new / "README.md", card(p, found, share))
+        about = {"run": s.key, "agreement": share, "weights": _digest(new / WEIGHTS)}
+        write_text(new / ABOUT, json.dumps(about) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
         new.replace(folder)
     return folder
+
+
+def _exported(folder: Path, key: str) -> float | None:
+    """The agreement of an earlier export of this run; None if there is none, or if it was changed."""
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        same = about["run"] == key and about["weights"] == _digest(folder / WEIGHTS)
+        return float(about["agreement"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @torch.no_grad()
@@ -58,6 +80,9 @@ def agreement(folder: str | Path, p: Project, stored: Result) -> float:
 
     A score counts if it is within 5 % of the labels' standard deviation of the run's.
     """
+    # transformers' modelling code takes seconds to import, and a kept export does not need it
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     held = specs.examples(stored.spec)[1]
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

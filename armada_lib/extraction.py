@@ -107,16 +107,30 @@ def load(profile: str, teacher: str) -> Any:
     return teachers.load(profiles.load(profile).teacher(teacher), specs.device().type)
 
 
+_open: ProcessPoolExecutor | None = None
+
+
 @contextlib.contextmanager
 def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Spawned processes of one thread: two of them finish more than one with two threads."""
-    found = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_worker)
+    """Spawned processes of one thread: two of them finish more than one with two threads.
+
+    They start with the first job. Inside another `pool` its processes serve, as each takes seconds
+    to start.
+    """
+    global _open
+    if _open is not None:
+        yield _open
+        return
+    _open = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_worker)
     try:
-        yield found
+        yield _open
     except BaseException:
-        found.shutdown(wait=False, cancel_futures=True)
+        _open.shutdown(wait=False, cancel_futures=True)
         raise
-    found.shutdown()
+    else:
+        _open.shutdown()
+    finally:
+        _open = None
 
 
 def every(

@@ -203,6 +203,13 @@ def cost(p: Project, store: RunStore | None = None, trial: int = 4) -> pd.DataFr
         "missing": len(missing), "minutes": len(missing) * each / 60 if missing else 0.0,
     }]  # fmt: skip
     todo = [s for s in p.specs if s not in store]
+    rows.append({"work": "training runs", "all": len(p.specs), "missing": len(todo),
+                 "minutes": len(todo) * _minutes(p, store, trial) if todo else 0.0})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _minutes(p: Project, store: RunStore, trial: int) -> float:
+    """How long one run takes a process, from its first `trial` steps."""
     first = next(s for s in p.specs if s.method == "undistilled")
     some = first.training.batch_size * trial
     few = first.training.model_copy(update={"train_size": some, "epochs": 1})
@@ -213,10 +220,7 @@ def cost(p: Project, store: RunStore | None = None, trial: int = 4) -> pd.DataFr
     done = tried.facts
     step = done["train_seconds"] / done["steps"]
     steps = math.ceil(len(specs.examples(first)[0]) / first.training.batch_size)
-    run = done["seconds"] - done["train_seconds"] + step * steps * first.training.epochs
-    rows.append({"work": "training runs", "all": len(p.specs), "missing": len(todo),
-                 "minutes": len(todo) * run / 60})  # fmt: skip
-    return pd.DataFrame(rows)
+    return (done["seconds"] - done["train_seconds"] + step * steps * first.training.epochs) / 60
 
 
 # -- what came of it -----------------------------------------------------------------------------

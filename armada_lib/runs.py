@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from armada_lib import encoding, engine, evaluation, mentors, profiles, starts, students, tuning
 from armada_lib.batching import Encoded
-from armada_lib.extraction import attach, every, extract
+from armada_lib.extraction import attach, every, extract, pool
 from armada_lib.gentasks import SUITES
 from armada_lib.methods import METHODS, Setting
 from armada_lib.results import Result, RunSpec, RunStore, environment, peak_memory
@@ -182,12 +182,17 @@ def prepare(
     Returns how many processes may compute the runs: `workers`, by default one a CPU core, or one in
     all where a GPU is present, and never more than there are runs.
     """
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    workers = max(1, min(workers, len(wanted)))
+    workers = processes(wanted, workers)
     extract(wanted, store, workers, progress)
     mentors.prepare(wanted, store, compute, workers, progress)
     starts.prepare(wanted, store, workers, progress)
     return workers
+
+
+def processes(wanted: Sequence[RunSpec], workers: int | None = None) -> int:
+    """How many processes compute these runs, see `prepare`."""
+    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    return max(1, min(workers, len(wanted)))
 
 
 # -- many runs ---------------------------------------------------------------------------------
@@ -207,8 +212,9 @@ def study(
     store = store or RunStore()
     store.check()
     missing = [s for s in specs if s not in store]
-    workers = prepare(missing, store, workers, progress)
-    every(_run, [(s.label, (s, store.root)) for s in missing], workers, "run", progress)
+    with pool(processes(missing, workers)):
+        workers = prepare(missing, store, workers, progress)
+        every(_run, [(s.label, (s, store.root)) for s in missing], workers, "run", progress)
     return [run(s, store) for s in specs]
 
 

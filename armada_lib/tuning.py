@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,14 @@ def _prompts(s: RunSpec, tokenizer: Any, items: list[Item]) -> list[str]:
     return [answers.prompt(i, s.training.template or "alpaca", tokenizer) for i in items]
 
 
+@cache
+def _tokenizer(profile: str, student: str) -> Any:
+    return decoders.load_tokenizer(profiles.load(profile).student(student))
+
+
 def _kept(s: RunSpec, items: list[Item], path: Path, seed: int | None = None) -> list[str] | None:
     """What a file holds of the answers to these items; None if one is missing."""
-    known = generation.kept_answers(path)
-    tokenizer = decoders.load_tokenizer(profiles.load(s.profile).student(s.student))
+    known, tokenizer = generation.kept_answers(path), _tokenizer(s.profile, s.student)
     names = [generation.name(n, p, seed) for n, p in enumerate(_prompts(s, tokenizer, items))]
     return [known[n] for n in names] if known.keys() >= set(names) else None
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
-from armada_lib import extraction, features, profiles, specs, stats
+from armada_lib import extraction, features, profiles, specs, stats, teachers
+from armada_lib.files import Damaged, keep_tensors, kept_tensors
 from armada_lib.results import RunStore
 from armada_lib.teachers import encoders
 from armada_lib.teachers.sound import spectrogram
@@ -33,15 +36,40 @@ SHOW: dict[str, Callable[[Any, list[str]], list[Shown]]] = {
 }
 
 
-def show(profile: str, teacher: str, texts: Sequence[str]) -> list[Shown]:
+def show(
+    profile: str, teacher: str, texts: Sequence[str], store: RunStore | None = None
+) -> list[Shown]:
     """For every text the teacher's picture, frames or spectrogram; nothing where it refused.
 
-    Raises ValueError for a text encoder: it makes nothing that can be looked at.
+    Made once and kept in the store. Raises ValueError for a text encoder: it makes nothing that can
+    be looked at.
     """
-    kind = profiles.load(profile).teacher(teacher).kind
-    if kind not in SHOW:
-        raise ValueError(f"teacher {teacher!r} of kind {kind!r} makes nothing to look at")
-    return SHOW[kind](extraction.load(profile, teacher), list(texts))
+    who = profiles.load(profile).teacher(teacher)
+    if who.kind not in SHOW:
+        raise ValueError(f"teacher {teacher!r} of kind {who.kind!r} makes nothing to look at")
+    asked = [teachers.fingerprint(who, specs.device().type), *texts]
+    name = hashlib.sha256("\0".join(asked).encode()).hexdigest()[:20]
+    path = (store or RunStore()).root / "looks" / f"{name}.safetensors"
+    try:
+        return _unpacked(kept_tensors(path, {"teacher": teacher}), len(texts))
+    except (FileNotFoundError, Damaged):
+        made = SHOW[who.kind](extraction.load(profile, teacher), list(texts))
+    if all(made):  # what was refused may be answered later
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_tensors(path, _packed(made), {"teacher": teacher}, "what the teacher made")
+    return made
+
+
+def _packed(made: list[Shown]) -> dict[str, torch.Tensor]:
+    named = {f"{i}/{j}": x for i, shown in enumerate(made) for j, x in enumerate(shown)}
+    return {k: torch.from_numpy(np.array(x)) for k, x in named.items()}
+
+
+def _unpacked(tensors: dict[str, torch.Tensor], n: int) -> list[Shown]:
+    """Pictures are whole numbers, spectrograms are not."""
+    arrays = {tuple(map(int, k.split("/"))): x.numpy() for k, x in tensors.items()}
+    look = lambda x: Image.fromarray(x) if x.dtype == np.uint8 else x
+    return [[look(arrays[k]) for k in sorted(arrays) if k[0] == i] for i in range(n)]
 
 
 def sentences(profile: str, tasks: Sequence[str], longest: int = 60) -> list[str]:

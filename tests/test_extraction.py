@@ -77,6 +77,18 @@ def test_filling_computes_what_is_missing_once(project, tmp_path):
     np.testing.assert_allclose(vectors, expected, atol=2e-2)
 
 
+def test_a_pool_inside_another_takes_its_processes():
+    with extraction.pool(1) as outer:
+        first = outer.submit(os.getpid).result()
+        with extraction.pool(2) as inner:
+            assert inner is outer and inner.submit(os.getpid).result() == first != os.getpid()
+        assert outer.submit(os.getpid).result() == first  # the inner one did not close it
+    with pytest.raises(ZeroDivisionError), extraction.pool(1) as broken, extraction.pool(1):
+        raise ZeroDivisionError
+    with extraction.pool(1) as fresh:
+        assert fresh is not broken and fresh.submit(os.getpid).result() != first
+
+
 def test_the_estimate_counts_rows_and_weights(project):
     one, two = (extraction.estimate("tiny", "sd14", n) for n in (1000, 2000))
     assert one["disk"] == 1000 * (64 * 2 + 16) and two["disk"] == 2 * one["disk"]

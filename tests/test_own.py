@@ -177,11 +177,14 @@ def test_like_takes_over_a_profile_and_puts_the_file_on_top(base):
 # -- running, judging, exporting ----------------------------------------------------------------
 
 
-def test_from_a_table_to_a_plain_checkpoint(made, tmp_path):
+def test_from_a_table_to_a_plain_checkpoint(made, tmp_path, monkeypatch):
     cost = own.cost(made, trial=2)
     assert list(cost["missing"]) == [80 - 3, 12] and (cost["minutes"] > 0).all()
     found = runs.study(made.specs, workers=1, progress=False)
-    assert list(own.cost(made)["missing"]) == [0, 0]
+    with monkeypatch.context() as nothing:  # what is stored needs no trial
+        nothing.setattr(runs, "compute", None)
+        done = own.cost(made)
+    assert list(done["missing"]) == [0, 0] and list(done["minutes"]) == [0, 0]
     folder = card.export(made, found, tmp_path / "out")
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -195,7 +198,14 @@ def test_from_a_table_to_a_plain_checkpoint(made, tmp_path):
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "transformers"
     assert "shuffled teacher" in text and own.CRITERION in text and f"{stored.score:.1f}" in text
-    card.export(made, found, folder)  # again: replaced
+    weights = folder / "model.safetensors"
+    before, whole = weights.stat().st_mtime_ns, weights.read_bytes()
+    (folder / "README.md").write_text("old")
+    card.export(made, found, folder)  # again: the weights stay, the card is made anew
+    assert weights.stat().st_mtime_ns == before and (folder / "README.md").read_text() == text
+    weights.write_bytes(whole[:-1] + b"x")
+    card.export(made, found, folder)  # changed by somebody: replaced
+    assert weights.read_bytes() == whole
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="holds other files"):

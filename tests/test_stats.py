@@ -264,6 +264,9 @@ def test_spearman_equals_scipy_and_brackets_its_estimate():
         pytest.approx(expected.statistic), pytest.approx(expected.pvalue), 40
     )  # fmt: skip
     assert r.low < r.rho < r.high
+    rho = lambda pairs: sps.spearmanr(pairs[:, 0], pairs[:, 1]).statistic
+    span = stats.bootstrap(np.stack([a, b], -1)[None], rho, over=["examples"], draws=500)
+    assert (r.low, r.high) == (pytest.approx(span.low), pytest.approx(span.high))
     assert stats.spearman([1, 2, 3, 4], [1, 4, 9, 16], draws=50).rho == pytest.approx(1)
 
 

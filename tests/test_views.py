@@ -49,6 +49,32 @@ def test_a_picture_is_the_teachers_own_and_a_black_box_gives_the_same(shop):
         views.show("shop", "text", TEXTS)
 
 
+def test_what_a_teacher_makes_is_made_once_and_kept(shop, tmp_path, monkeypatch):
+    sound, made = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), []
+
+    def film(who, texts):
+        made.append(texts)
+        frames = [Image.fromarray(np.full((4, 5, 3), i, np.uint8)) for i in range(12)]
+        return [frames, [sound]]
+
+    monkeypatch.setitem(views.SHOW, "image", film)
+    first, again = (views.show("shop", "sd14", TEXTS) for _ in range(2))
+    assert made == [TEXTS]
+    for a, b in zip(first, again, strict=True):
+        assert len(a) == len(b) and type(a[0]) is type(b[0])
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    views.show("shop", "sd14", TEXTS[::-1])
+    assert made == [TEXTS, TEXTS[::-1]]
+    (kept, *_) = (tmp_path / "looks").iterdir()
+    kept.write_bytes(b"half")  # damaged: made again
+    for texts in (TEXTS, TEXTS[::-1]):
+        views.show("shop", "sd14", texts)
+    assert len(made) == 3
+    monkeypatch.setitem(views.SHOW, "image", lambda who, texts: [[], [sound]])
+    assert views.show("shop", "sd14", ["a", "b"])[0] == []
+    assert len([*(tmp_path / "looks").iterdir()]) == 2  # a refusal is not kept
+
+
 def test_sentences_are_the_first_short_ones(project):
     _, held = specs.examples(specs.spec("tiny", "cola", "undistilled"))
     found = views.sentences("tiny", ["cola"], 60)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from nbclient import NotebookClient
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
@@ -90,6 +91,8 @@ def buttons(app: Any, config: Any) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
+    # A kernel whose outputs are all here need not take its libraries down one by one: a second a page.
+    NotebookClient.shutdown_kernel.default_value = "immediate"
     app.add_role("status", Status())
     app.connect("config-inited", buttons)
     app.connect("env-get-outdated", outdated)
