@@ -251,7 +251,7 @@ def needs_teacher(df: pd.DataFrame) -> tuple[str, str]:
         parts.append(f"{name} {gap(g['gain'].to_numpy())}")
     text = "ARMADA minus the shuffled teacher, in points: " + "; ".join(parts) + "."
     if most < 3:
-        return "undecided", f"{text} With {most} seed(s) no test decides anything."
+        return "undecided", f"{text} {report.too_few(most, 'test')}"
     better = [s for s, q in zip(settings.values(), stats.holm(p), strict=True) if q < 0.05]
     if better:
         return "reproduced", f"{text} Better than chance: {', '.join(better)}."

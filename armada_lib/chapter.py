@@ -151,7 +151,10 @@ def _cell(value: Any, column: str, fmt: str | Mapping[str, str]) -> str:
         return "–"
     if isinstance(value, float | np.floating):
         form = fmt if isinstance(fmt, str) else fmt.get(column, "{:.1f}")
-        return form.format(value).replace("-", "−")
+        text = form.format(value)
+        if re.fullmatch(r"p\b.*", column) and value > 0 and not text.strip("0."):
+            return f"< {text[:-1]}1"  # a p value is never nought
+        return re.sub(r"^-(?=0?\.?0*$)", "", text).replace("-", "−")
     return str(value)
 
 
@@ -297,9 +300,9 @@ def verdict(criterion: str, outcome: str, text: str, title: str | None = None) -
     title = f"{sign} {title or f'Verdict: {outcome}'}"
     _show(
         f"::::{{admonition}} {title}\n:class: verdict verdict-{outcome.replace(' ', '-')}\n\n"
-        f"**Criterion, stated beforehand.** {criterion}\n\n{text}\n::::",
+        f"**Criterion, stated beforehand:** {criterion}.\n\n{text}\n::::",
         '<div style="border:1px solid;border-left-width:6px;padding:0.5em 1em">'
-        f"<p><b>{title}</b></p><p><b>Criterion, stated beforehand.</b> {html.escape(criterion)}"
+        f"<p><b>{title}</b></p><p><b>Criterion, stated beforehand:</b> {html.escape(criterion)}."
         f"</p><p>{html.escape(text)}</p></div>",
         f"{title}\nCriterion, stated beforehand: {criterion}\n{text}",
     )

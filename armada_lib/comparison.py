@@ -160,7 +160,7 @@ def equally_effective(
         "-", "−"
     )
     if s.n < 3:
-        return "undecided", f"{text}. With {s.n} seed(s) no interval decides anything."
+        return "undecided", f"{text}. {report.too_few(s.n)}"
     text += f"{report.interval(s.low, s.high)}, {s.n} seeds."
     if -margin < s.low and s.high < margin:
         return "reproduced", text

@@ -188,7 +188,7 @@ def judge(differences: Mapping[str, pd.Series], unit: str = "tasks") -> tuple[st
     if min(seeds, default=0) < 3:
         return (
             "undecided",
-            f"{text} With {min(seeds, default=0)} seed(s) no interval decides anything.",
+            f"{text} {report.too_few(min(seeds, default=0))}",
         )
     return ("reproduced" if sure else "direction agrees" if positive else "not reproduced"), text
 

@@ -227,7 +227,8 @@ def curve(df: pd.DataFrame, y: str = "loss", x: str = "step", hue: str = "method
 def gallery(rows: Mapping[str, Sequence[Any]], texts: Sequence[str]) -> Figure:
     """Pictures (PIL) or spectrograms (bands, time): a row a text, a column a teacher.
 
-    An empty place (None) says so. ValueError if a teacher has not one entry a text.
+    Of one teacher they stand side by side, each over its text. An empty place (None) says so.
+    ValueError if a teacher has not one entry a text.
     """
     for name, items in rows.items():
         if len(items) != len(texts):
@@ -237,10 +238,17 @@ def gallery(rows: Mapping[str, Sequence[Any]], texts: Sequence[str]) -> Figure:
 
     wide = [max((x.width / x.height for x in items if hasattr(x, "height")), default=1.6)
             for items in rows.values()]  # fmt: skip
-    figure = Figure(figsize=(WIDTH, 0.5 + 1.05 * len(texts)), layout="constrained")
-    axes = figure.subplots(len(texts), len(rows), squeeze=False, width_ratios=wide)
+    if alone := len(rows) == 1:
+        under = [textwrap.fill(text, 88 // len(texts)) for text in texts]
+        deep = 0.2 + 0.2 * max(t.count("\n") + 1 for t in under)
+        figure = Figure(figsize=(WIDTH, WIDTH / len(texts) + deep), layout="constrained")
+        axes = figure.subplots(1, len(texts), squeeze=False).T
+    else:
+        figure = Figure(figsize=(WIDTH, 0.5 + 1.05 * len(texts)), layout="constrained")
+        axes = figure.subplots(len(texts), len(rows), squeeze=False, width_ratios=wide)
     for j, (name, items) in enumerate(rows.items()):
-        axes[0, j].set_title(name, fontsize=11)
+        if not alone:
+            axes[0, j].set_title(name, fontsize=11)
         for i, item in enumerate(items):
             ax = axes[i, j]
             ax.set(xticks=[], yticks=[], frame_on=False)
@@ -251,6 +259,9 @@ def gallery(rows: Mapping[str, Sequence[Any]], texts: Sequence[str]) -> Figure:
             else:
                 ax.imshow(item, origin="lower", aspect="auto", cmap="viridis")
     for i, text in enumerate(texts):
+        if alone:
+            axes[i, 0].set_xlabel(under[i], fontsize=9)
+            continue
         axes[i, 0].set_ylabel(
             textwrap.fill(text, 22), rotation=0, ha="right", va="center", fontsize=9
         )

@@ -22,7 +22,7 @@ class Measure(NamedTuple):
     about: str
     sign: int
     over: str
-    digits: int = 2
+    digits: int = 3
 
 
 FROZEN = "frozen aligner"
@@ -31,13 +31,13 @@ MEASURES = {
     "scenario 1": Measure("scenario 1", "change of the silhouette in scenario 1", 1, UNDISTILLED),
     "scenario 2": Measure("scenario 2", "change of the silhouette in scenario 2", -1, UNDISTILLED),
     "purity": Measure("purity", "purity above the majority share", 1, UNDISTILLED),
-    "loss": Measure("training loss", "mean training loss", -1, FROZEN, 4),
+    "loss": Measure("training loss", "mean training loss", -1, FROZEN, 5),
 }
 # shown on the board, without a claim of their own in this chapter
 OTHERS = {
-    "gap": Measure("distance", "mean distance of projections to ARMADA's aligner", 0, UNDISTILLED),
+    "gap": Measure("distance", "mean distance of projections to ARMADA's aligner", 0, UNDISTILLED, 2),
     "reduction": Measure("reduction, %", "median reduction of the distance to the centroid", 0, UNDISTILLED, 0),
-    "sensitivity": Measure("sensitivity", "sensitivity of the student to noise", 0, UNDISTILLED),
+    "sensitivity": Measure("sensitivity", "sensitivity of the student to noise", 0, UNDISTILLED, 2),
     "score": Measure("score", "score on the evaluation split", 0, UNDISTILLED, 1),
 }  # fmt: skip
 CONTROLS = ("shuffled teacher", "random teacher")

@@ -119,8 +119,13 @@ def arms(df: pd.DataFrame, head: str = "student") -> pd.DataFrame:
 
 
 def signed(x: float, digits: int = 1) -> str:
-    """ "+1.2", "−0.3": with a true minus sign."""
-    return f"{x:+.{digits}f}".replace("-", "−")
+    """ "+1.2", "−0.3": with a true minus sign, which nought never has."""
+    return f"{round(x, digits) + 0.0:+.{digits}f}".replace("-", "−")
+
+
+def too_few(seeds: int, what: str = "interval") -> str:
+    """What a verdict says where there are fewer than three seeds."""
+    return f"With {seeds} seed{'' if seeds == 1 else 's'} no {what} decides anything."
 
 
 def interval(low: float, high: float) -> str:
@@ -297,6 +302,6 @@ def judge(
     if not seeds or min(seeds) < 3:
         return (
             "undecided",
-            f"{text} With {min(seeds, default=0)} seed(s) no interval decides anything.",
+            f"{text} {too_few(min(seeds, default=0))}",
         )
     return ("reproduced" if sure else "direction agrees" if positive else "not reproduced"), text

@@ -143,6 +143,13 @@ def test_table_formats_by_column_and_joins_two_level_heads(shown):
     assert "| 0.500 | 0.1 |" in shown[0]["text/markdown"]
 
 
+def test_a_small_p_is_below_a_bound_and_nought_has_no_sign(shown):
+    df = pd.DataFrame({"p (Holm)": [0.0002, 0.0], "price": [0.0002, -0.0], "gap": [-0.0004, -0.6]})
+    chapter.table(df, "c", "t", fmt="{:.3f}")
+    rows = shown[0]["text/markdown"].splitlines()[5:7]
+    assert rows == ["| < 0.001 | 0.000 | 0.000 |", "| 0.000 | 0.000 | −0.600 |"]
+
+
 @pytest.mark.parametrize("better", [{(2, "n")}, {(0, "m")}, {(-1, "n")}])
 def test_table_refuses_marks_outside(better):
     with pytest.raises(ValueError, match="not in the table"):

@@ -91,7 +91,7 @@ def test_the_board_has_every_arm_and_averages_tasks_before_seeds(found):
     assert {ARMADA, SHUFFLED, RANDOM, "added layers only", "frozen aligner"} <= set(board.index)
     c = found["clusters"].query("labels == 'gold' and arm == @ARMADA")
     each = (c["purity"] - c["majority"]).groupby(c["seed"]).mean()
-    assert board.loc[ARMADA, "purity"] == f"{each.mean():.2f} ± {each.std(ddof=1):.2f}"
+    assert board.loc[ARMADA, "purity"] == f"{each.mean():.3f} ± {each.std(ddof=1):.3f}"
     assert board.loc["added layers only", "sensitivity"] == "–"
 
 

@@ -80,6 +80,12 @@ def test_differences_are_paired_by_seed_and_use_shared_seeds_only():
     assert (d["low"], d["high"], d["p"]) == pytest.approx((want.low, want.high, want.p))
 
 
+def test_words_for_few_seeds_and_signs_of_small_numbers():
+    assert report.too_few(1) == "With 1 seed no interval decides anything."
+    assert report.too_few(2, "test") == "With 2 seeds no test decides anything."
+    assert [report.signed(x) for x in (-0.04, 0.04, -0.06)] == ["+0.0", "+0.0", "−0.1"]
+
+
 def test_one_seed_has_a_mean_and_no_interval():
     df = frame([("cola", "undistilled", None, 0, 10), ("cola", "armada", "euclid", 0, 12)])
     assert math.isnan(report.differences(df, "ARMADA Euclid").iloc[0]["low"])

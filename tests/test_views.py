@@ -112,6 +112,9 @@ def test_a_gallery_has_a_place_for_every_text_and_says_what_is_missing():
     assert figure.axes[0].get_ylabel().replace("\n", " ") == TEXTS[0]
     with pytest.raises(ValueError, match="painter: 1 pictures for 2 texts"):
         figures.gallery({"painter": [red]}, TEXTS)
+    one = figures.gallery({"painter": [red, None]}, TEXTS)  # of one teacher: side by side
+    assert len(one.axes) == 2 and [bool(ax.images) for ax in one.axes] == [True, False]
+    assert [ax.get_xlabel().replace("\n", " ") for ax in one.axes] == TEXTS
 
 
 def test_the_page_checks_its_parameters_before_any_work(shop, monkeypatch):

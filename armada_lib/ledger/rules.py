@@ -46,12 +46,12 @@ RULES: dict[str, Rule] = {
         "seeds or more that lies within one point of zero", judges.equal),
     "ahead": Rule(f"ARMADA scores above every baseline on average over the tasks, {SEEDS}", judges.ahead),
     "weights": Rule(f"the better value of each weight gains over the other end, {SEEDS}", analyses.weights),
-    "best_loss": Rule(f"this loss scores above each other one, {SEEDS}", analyses.best_loss),
+    "best_loss": Rule(f"the loss that the claim names scores above each other one, {SEEDS}", analyses.best_loss),
     "alike": Rule(
         "every two losses differ by less than one point, by the whole 95 % interval of their "
         "difference averaged over the test sets", analyses.alike),
     "measure": Rule(
-        "it moves as claimed over what it is claimed over, over the shuffled and over the random "
+        "the measure moves as claimed: over the arm that the claim names, over the shuffled and over the random "
         "teacher, each with a 95 % interval over three seeds or more on the claimed side of zero",
         analyses.measure),
     "frozen_below": Rule(

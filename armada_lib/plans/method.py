@@ -39,7 +39,9 @@ def method(ns: dict[str, Any]) -> Pairs:
     seed = seeds_of(got["seed"], [0])
     if len(seed) != 1:
         raise ValueError(f"this chapter takes one seed, got {seed}")
-    task = next(t for t in p.nlu.tasks if specs.task_of(p, t).kind == "class")
+    task = next((t for t in p.nlu.tasks if specs.task_of(p, t).kind == "class"), None)
+    if task is None:
+        raise ValueError(f"this chapter needs a task with classes, and profile {name} has none")
     RunStore().check()
     who = (p.nlu.student, got["teacher"])
     make = lambda **how: specs.spec(name, task, "armada", *who, seed=seed[0], **how)

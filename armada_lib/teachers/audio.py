@@ -1,6 +1,6 @@
 """Text-to-speech teachers: a text is spoken, and the sound becomes 768 numbers (`sound.py`).
 
-SpeechT5 with its vocoder and wav2vec2-base (paper, section 4; the readings are audit A4), or a
+SpeechT5 with its vocoder and wav2vec2-base (paper, section 4; the readings are register A4), or a
 small packaged voice and the statistics of its log-mel spectrogram.
 
 Chance: SpeechT5 drops activations when it speaks, too. It draws them from one seed, the same for

@@ -2,7 +2,7 @@
 
 The teacher's vector is the final latent of one picture drawn from the text (paper, section 4: 20
 steps, guidance 7.5). The same class runs Stable Diffusion v1-4 and this project's emoji painter, each
-with or without a LoRA (audit A5).
+with or without a LoRA (register A5).
 
 Noise: the initial latent of a text is drawn on the CPU from a generator seeded by a hash of the
 text, so batch size, order and process count change nothing but rounding (matrix kernels depend on
@@ -37,9 +37,9 @@ from armada_lib.teachers.common import (
 )
 
 RECIPE = "image-1"  # raise it when code below changes the vectors
-STRENGTH = 0.75  # of the image-to-image pass of the two-stage reading (audit A2)
+STRENGTH = 0.75  # of the image-to-image pass of the two-stage reading (register A2)
 
-# How a latent (n, channels, h, w) becomes a vector; audit A2 lists the readings of "32 x 32".
+# How a latent (n, channels, h, w) becomes a vector; register A2 lists the readings of "32 x 32".
 READOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "flatten": lambda z: z.flatten(1),
     "channel-mean": lambda z: z.mean(1).flatten(1),

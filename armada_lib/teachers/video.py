@@ -1,7 +1,7 @@
 """Text-to-video teachers: a thin wrapper around diffusers' TextToVideoSDPipeline.
 
 The teacher's vector is read from one film drawn from the text (paper, section 4: 64 frames, 20
-steps, guidance 7.5; the readings of "the first frame, 512 x 512" are audit A3). The same class runs
+steps, guidance 7.5; the readings of "the first frame, 512 x 512" are register A3). The same class runs
 ModelScope's 1.7B model and a small film model that shares the layers of an image model.
 
 Noise: the initial latents of a text come from a CPU generator seeded by a hash of the text, so
@@ -120,7 +120,7 @@ class VideoTeacher:
 
     @torch.inference_mode()
     def _read(self, latents: torch.Tensor) -> torch.Tensor:
-        """The readout of latents (n, channels, frames, h, w), float32 (n, numbers); audit A3.
+        """The readout of latents (n, channels, frames, h, w), float32 (n, numbers); register A3.
 
         "first-grey": the first frame, decoded, in grey between 0 (black) and 1 (white), resized to
         side x side. The other frames are never decoded.
