@@ -62,7 +62,7 @@ def show(
 
 def _packed(made: list[Shown]) -> dict[str, torch.Tensor]:
     named = {f"{i}/{j}": x for i, shown in enumerate(made) for j, x in enumerate(shown)}
-    return {k: torch.from_numpy(np.array(x)) for k, x in named.items()}
+    return {k: torch.from_numpy(np.array(x, order="C")) for k, x in named.items()}
 
 
 def _unpacked(tensors: dict[str, torch.Tensor], n: int) -> list[Shown]:

@@ -50,7 +50,7 @@ def test_a_picture_is_the_teachers_own_and_a_black_box_gives_the_same(shop):
 
 
 def test_what_a_teacher_makes_is_made_once_and_kept(shop, tmp_path, monkeypatch):
-    sound, made = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), []
+    sound, made = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3).T, []  # by columns
 
     def film(who, texts):
         made.append(texts)
