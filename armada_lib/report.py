@@ -302,6 +302,6 @@ def judge(
     if not seeds or min(seeds) < 3:
         return (
             "undecided",
-            f"{text} {too_few(min(seeds, default=0))}",
+            f"{text} {too_few(int(min(seeds, default=0)))}",
         )
     return ("reproduced" if sure else "direction agrees" if positive else "not reproduced"), text
