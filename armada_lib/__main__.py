@@ -117,10 +117,9 @@ def _study(given: argparse.Namespace) -> None:
         path, n = experiment.export(study, store)
         print(f"{path}: {n:,} of {len(experiment.cells(study)):,} cells")
         return
-    kept = set() if given.all else experiment.committed(study)
     if given.cell is not None:
         job = experiment.pick(study, given.cell)
-        if job.spec.key in kept and job.spec not in store:
+        if not given.all and job.spec not in store and job.spec.key in experiment.committed(study):
             print(f"{job.spec.key} {job.name}: committed, left alone without --all")
             return
         runs.run(job.spec, store)
@@ -139,20 +138,19 @@ def _study(given: argparse.Namespace) -> None:
     if given.stage is not None:
         profiles.check(given.stage, [s.name for s in study.stages], "stage")
         found = [j for j in found if j.cell.stage == given.stage]
+    kept = set() if given.all else experiment.committed(study)
+    lacking = [j for j in found if j.spec not in store]
+    states = {j.number: "committed" if j.spec.key in kept else "missing" for j in lacking}
     if given.list:
         for j in found:
-            gone = "committed" if j.spec.key in kept else "missing"
-            state = "stored" if j.spec in store else gone
+            state = states.get(j.number, "stored")
             print(j.number, j.spec.key, state, j.cell.stage, j.name, sep="\t")
     else:
         say = functools.partial(print, flush=True)  # a log is read while it grows
-        left = [j for j in found if j.spec.key not in kept or j.spec in store]
-        if len(left) < len(found):
-            say(
-                f"{len(found) - len(left):,} cells committed in book/results; --all computes them, too"
-            )
-        found = left
-        count = experiment.work(found, store, given.workers, say)
+        todo = [j for j in found if states.get(j.number) != "committed"]
+        if there := len(found) - len(todo):
+            say(f"{there:,} cells committed in book/results; --all computes them, too")
+        count = experiment.work(todo, store, given.workers, say)
         print(", ".join(f"{n:,} {what}" for what, n in count.items()))
 
 

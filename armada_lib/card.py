@@ -69,7 +69,7 @@ def _exported(folder: Path, key: str) -> float | None:
         return None
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path) -> str:  # not `profiles.file_digest`, which remembers a path's first answer
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -152,7 +152,7 @@ def _cell(value: Any, column: str, fmt: str | Mapping[str, str]) -> str:
     if isinstance(value, float | np.floating):
         form = fmt if isinstance(fmt, str) else fmt.get(column, "{:.1f}")
         text = form.format(value)
-        if re.fullmatch(r"p\b.*", column) and value > 0 and not text.strip("0."):
+        if re.match(r"p\b", column) and value > 0 and not text.strip("0."):
             return f"< {text[:-1]}1"  # a p value is never nought
         return re.sub(r"^-(?=0?\.?0*$)", "", text).replace("-", "−")
     return str(value)

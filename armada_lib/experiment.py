@@ -306,7 +306,7 @@ def repeat(job: Job, study: Study, store: RunStore) -> tuple[pd.DataFrame, bool]
     if found is not None:
         stored = found.scores
     else:
-        kept = {r["key"]: r for r in results.read(path)} if path.exists() else {}
+        kept = _records(path)
         if job.spec.key not in kept:
             raise ValueError(f"{job.name} is neither in {store.root} nor in {path.name}")
         stored = kept[job.spec.key]["scores"]
@@ -328,8 +328,11 @@ def _evidence(study: Study) -> Path:
 
 def committed(study: Study) -> set[str]:
     """Keys of the cells that are in book/results already, whoever computed them."""
-    path = _evidence(study)
-    return {r["key"] for r in results.read(path)} if path.exists() else set()
+    return set(_records(_evidence(study)))
+
+
+def _records(path: Path) -> dict[str, dict[str, Any]]:
+    return {r["key"]: r for r in results.read(path)} if path.exists() else {}
 
 
 def export(study: Study, store: RunStore, folder: Path | None = None) -> tuple[Path, int]:
@@ -344,7 +347,7 @@ def export(study: Study, store: RunStore, folder: Path | None = None) -> tuple[P
     beside = path.with_name(f"{study.name}_labels.json")
     own = {j.spec.key for j in jobs(study)}
     found = [r for k in sorted(own) if (r := store.load(k)) is not None]
-    old = {r["key"]: r for r in results.read(path)} if path.exists() else {}
+    old = _records(path)
     labels = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
     for r in found:
         labels[r.spec.data_id] = [round(float(y), 3) for y in r.labels]

@@ -18,6 +18,7 @@ from armada_lib.stats import summary
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 8.0  # inches at 100 dpi
@@ -236,33 +237,44 @@ def gallery(rows: Mapping[str, Sequence[Any]], texts: Sequence[str]) -> Figure:
     style()
     from matplotlib.figure import Figure
 
+    if len(rows) == 1:
+        (items,) = rows.values()
+        return _row(items, texts)
     wide = [max((x.width / x.height for x in items if hasattr(x, "height")), default=1.6)
             for items in rows.values()]  # fmt: skip
-    if alone := len(rows) == 1:
-        under = [textwrap.fill(text, 88 // len(texts)) for text in texts]
-        deep = 0.2 + 0.2 * max(t.count("\n") + 1 for t in under)
-        figure = Figure(figsize=(WIDTH, WIDTH / len(texts) + deep), layout="constrained")
-        axes = figure.subplots(1, len(texts), squeeze=False).T
-    else:
-        figure = Figure(figsize=(WIDTH, 0.5 + 1.05 * len(texts)), layout="constrained")
-        axes = figure.subplots(len(texts), len(rows), squeeze=False, width_ratios=wide)
+    figure = Figure(figsize=(WIDTH, 0.5 + 1.05 * len(texts)), layout="constrained")
+    axes = figure.subplots(len(texts), len(rows), squeeze=False, width_ratios=wide)
     for j, (name, items) in enumerate(rows.items()):
-        if not alone:
-            axes[0, j].set_title(name, fontsize=11)
+        axes[0, j].set_title(name, fontsize=11)
         for i, item in enumerate(items):
-            ax = axes[i, j]
-            ax.set(xticks=[], yticks=[], frame_on=False)
-            if item is None:
-                ax.text(0.5, 0.5, "refused", ha="center", va="center", transform=ax.transAxes)
-            elif hasattr(item, "height"):
-                ax.imshow(item)
-            else:
-                ax.imshow(item, origin="lower", aspect="auto", cmap="viridis")
+            _place(axes[i, j], item)
     for i, text in enumerate(texts):
-        if alone:
-            axes[i, 0].set_xlabel(under[i], fontsize=9)
-            continue
         axes[i, 0].set_ylabel(
             textwrap.fill(text, 22), rotation=0, ha="right", va="center", fontsize=9
         )
     return figure
+
+
+def _row(items: Sequence[Any], texts: Sequence[str]) -> Figure:
+    """A gallery of one teacher: side by side, each over its text."""
+    from matplotlib.figure import Figure
+
+    under = [textwrap.fill(text, 88 // len(texts)) for text in texts]
+    deep = 0.2 + 0.2 * max(t.count("\n") + 1 for t in under)
+    figure = Figure(figsize=(WIDTH, WIDTH / len(texts) + deep), layout="constrained")
+    axes = figure.subplots(1, len(texts), squeeze=False)[0]
+    for ax, item, text in zip(axes, items, under, strict=True):
+        _place(ax, item)
+        ax.set_xlabel(text, fontsize=9)
+    return figure
+
+
+def _place(ax: Axes, item: Any) -> None:
+    """A picture, a spectrogram, or the word that there is none."""
+    ax.set(xticks=[], yticks=[], frame_on=False)
+    if item is None:
+        ax.text(0.5, 0.5, "refused", ha="center", va="center", transform=ax.transAxes)
+    elif hasattr(item, "height"):
+        ax.imshow(item)
+    else:
+        ax.imshow(item, origin="lower", aspect="auto", cmap="viridis")

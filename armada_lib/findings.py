@@ -80,7 +80,7 @@ def number(x: float, digits: int, sign: str = "") -> str:
     """A true minus, no minus before zero, and a dash for what is missing; `sign` "+" shows both."""
     if math.isnan(x):
         return "–"
-    return f"{round(x, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
+    return f"{x:{sign}z.{digits}f}".replace("-", "−")
 
 
 def spread(values: pd.Series, digits: int) -> str:

@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from armada_lib import evaluation, runs, transfer
 from armada_lib.aligner import TSAligner
 from armada_lib.batching import Encoded
-from armada_lib.extraction import every, pool
 from armada_lib.files import write_tensors
 from armada_lib.gentasks import SUITES
 from armada_lib.methods import Method
@@ -247,9 +246,7 @@ def study(
     store = store or RunStore()
     store.check()
     missing = [s for s in specs if not path(s, store).exists()]
-    with pool(runs.processes(missing, workers)):
-        workers = runs.prepare(missing, store, workers, progress)
-        every(_probe, [(s.label, (s, store.root)) for s in missing], workers, "probe", progress)
+    runs.each(_probe, "probe", missing, store, workers, progress)
     return [probe(s, store) for s in specs]
 
 

@@ -120,7 +120,7 @@ def arms(df: pd.DataFrame, head: str = "student") -> pd.DataFrame:
 
 def signed(x: float, digits: int = 1) -> str:
     """ "+1.2", "−0.3": with a true minus sign, which nought never has."""
-    return f"{round(x, digits) + 0.0:+.{digits}f}".replace("-", "−")
+    return f"{x:+z.{digits}f}".replace("-", "−")
 
 
 def too_few(seeds: int, what: str = "interval") -> str:

@@ -176,21 +176,34 @@ def prepare(
     store: RunStore,
     workers: int | None = None,
     progress: bool = True,
-) -> int:
+) -> None:
     """Make what these runs read and the store lacks: vectors, mentors, starts.
 
-    Returns how many processes may compute the runs: `workers`, by default one a CPU core, or one in
-    all where a GPU is present, and never more than there are runs.
+    `workers`: processes, by default one a CPU core, or one in all where a GPU is present, and never
+    more than there are runs.
     """
-    workers = processes(wanted, workers)
+    workers = _processes(wanted, workers)
     extract(wanted, store, workers, progress)
     mentors.prepare(wanted, store, compute, workers, progress)
     starts.prepare(wanted, store, workers, progress)
-    return workers
 
 
-def processes(wanted: Sequence[RunSpec], workers: int | None = None) -> int:
-    """How many processes compute these runs, see `prepare`."""
+def each(
+    work: Callable[[RunSpec, Path], None],
+    unit: str,
+    wanted: Sequence[RunSpec],
+    store: RunStore,
+    workers: int | None = None,
+    progress: bool = True,
+) -> None:
+    """`prepare` these runs and call `work(spec, root of the store)` for each, all in the same processes."""
+    workers = _processes(wanted, workers)
+    with pool(workers):
+        prepare(wanted, store, workers, progress)
+        every(work, [(s.label, (s, store.root)) for s in wanted], workers, unit, progress)
+
+
+def _processes(wanted: Sequence[RunSpec], workers: int | None) -> int:
     workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     return max(1, min(workers, len(wanted)))
 
@@ -211,10 +224,7 @@ def study(
     """
     store = store or RunStore()
     store.check()
-    missing = [s for s in specs if s not in store]
-    with pool(processes(missing, workers)):
-        workers = prepare(missing, store, workers, progress)
-        every(_run, [(s.label, (s, store.root)) for s in missing], workers, "run", progress)
+    each(_run, "run", [s for s in specs if s not in store], store, workers, progress)
     return [run(s, store) for s in specs]
 
 

@@ -242,10 +242,16 @@ def bootstrap(
             scores = [score(x[r], pick) if times[r] else 0.0 for r in range(s)]
         found[i] = np.dot(times, scores) / s
     defined = found[~np.isnan(found)]
-    low, high = math.nan, math.nan
-    if len(defined):
-        low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    low, high = _percentiles(defined, level)
     return Interval(float(np.mean(full)), low, high, level, draws, draws - len(defined))
+
+
+def _percentiles(found: np.ndarray, level: float) -> tuple[float, float]:
+    """The ends of the middle `level` of what resamples gave; nan where they gave nothing."""
+    if not len(found):
+        return math.nan, math.nan
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    return low, high
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
@@ -310,7 +316,6 @@ def spearman(
     x, y = ranks(a), ranks(b)
     norm = np.sqrt((x**2).sum(1) * (y**2).sum(1))
     found = (x * y).sum(1)[norm > 0] / norm[norm > 0]  # undefined where one value is repeated
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    low, high = np.quantile(found, tails).tolist() if len(found) else (math.nan, math.nan)
+    low, high = _percentiles(found, level)
     r = sps.spearmanr(a, b)
     return Correlation(float(r.statistic), float(r.pvalue), low, high, len(a))

@@ -49,9 +49,7 @@ def test_bad_parameters_stop_before_any_work(changed, message):
 def test_a_profile_without_classes_is_refused(monkeypatch):
     p = profiles.load("mini")
     scores = p.model_copy(update={"nlu": p.nlu.model_copy(update={"tasks": ["stsb"]})})
-    monkeypatch.setattr(
-        plans.method.__globals__["profile_of"].__globals__["profiles"], "load", lambda _: scores
-    )
+    monkeypatch.setattr(profiles, "load", lambda _: scores)
     with pytest.raises(ValueError, match="needs a task with classes, and profile mini has none"):
         plans.method(given())
 
