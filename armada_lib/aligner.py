@@ -27,7 +27,7 @@ FORM: dict[str, dict[str, Any]] = {
     "released": {"hidden": 512, "dropout": 0.1, "activation": "relu"},
 }
 BOTTLENECK = 128
-# A square map of the raw vector: 8192 x 8192 is 268 MB and its QR takes minutes on a CPU.
+# A square map of the raw vector: 8192 × 8192 is 268 MB and its QR takes minutes on a CPU.
 RELEASED_MAX_WIDTH = 8192
 
 

@@ -37,7 +37,7 @@ def scenarios(frames: Frames, published: pd.DataFrame) -> pd.DataFrame:
             part = g[g["scenario"] == k]
             row |= {
                 f"published scenario {k}": f"{said['undistilled']} → {said['ARMADA']}" if shown else "–",
-                f"measured scenario {k}": _arrow(part), f"texts {k}": f"{part['n'].mean():.0f}",
+                f"measured scenario {k}": _arrow(part), f"examples {k}": f"{part['n'].mean():.0f}",
             }  # fmt: skip
         rows.append(row)
     return pd.DataFrame(rows)

@@ -27,6 +27,9 @@ from armada_lib.profiles import ROOT, check
 LINK = re.compile(r"\[([^\[\]]+)\]\(([^()\s]+)\)")  # of Markdown; cells may hold them
 _GUARDED = "_armada_guarded"  # in the notebook: how many cells had run at the first guard
 
+# Where the numbers of a table come from; each has a sign in the book's style sheet.
+ORIGINS = ("published", "measured", "computed")
+
 # Outcomes a verdict may have, each with a sign, so that colour never carries the meaning alone.
 OUTCOMES = {
     "reproduced": "✔",
@@ -106,23 +109,32 @@ def table(
     df: pd.DataFrame,
     caption: str,
     name: str,
+    origin: str | None = None,
     better: Collection[tuple[int, str]] = (),
     fmt: str | Mapping[str, str] = "{:.1f}",
 ) -> None:
     """Show `df` as a numbered table that the text can refer to by `name`.
 
+    `origin` says where the numbers come from: "published" in the paper, "measured" in runs here,
+    "computed" from either or from a formula; "row" where every row says it. The heads say it of
+    columns whose name begins with "published" or "measured"; only then may it be left out.
+
     `better` marks cells as (row position, column); say in the caption what the mark means.
     `fmt` formats fractions, for all columns or by column; whole numbers and strings stay as they
-    are, a missing value is a dash. Columns whose name begins with "published" or "measured" get
-    that label in the head. Figures, also printed ones such as "62.6 ± 0.4", align right.
+    are, a missing value is a dash. Columns of figures, also printed as "62.6 ± 0.4", align right.
 
-    Raises ValueError for a name that cannot be a label and for a mark outside the table.
+    Raises ValueError for a name that cannot be a label, a table that does not say where its
+    numbers come from, and a mark outside the table.
     """
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise ValueError(f"table name {name!r}: use small letters, digits and hyphens")
     columns = [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in df]
     if outside := [b for b in better if b[1] not in columns or not 0 <= b[0] < len(df)]:
         raise ValueError(f"cells {outside} are not in the table: {len(df)} rows, columns {columns}")
+    if origin is None and not any(c.split(" ")[0] in ORIGINS for c in columns):
+        raise ValueError(f"table {name!r}: say its origin, one of {', '.join((*ORIGINS, 'row'))}")
+    check(origin or "row", (*ORIGINS, "row"), "origin")
+    said = f"[{origin}]{{.{origin}}} " if origin in ORIGINS else ""
     body = [[_cell(v, c, fmt) for c, v in zip(columns, row, strict=True)]
             for row in df.itertuples(index=False)]  # fmt: skip
     right = [_figures([row[j] for row in body]) for j in range(len(columns))]
@@ -138,15 +150,15 @@ def table(
     ]  # fmt: skip
     rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     _show(
-        f":::{{table}} {caption}\n:name: {name}\n\n{rows}\n:::",
-        _html_table(columns, body, right, better, caption),
-        f"{caption}\n{pd.DataFrame(body, columns=columns).to_string(index=False)}",
+        f":::{{table}} {said}{caption}\n:name: {name}\n\n{rows}\n:::",
+        _html_table(columns, body, right, better, f"{origin}: {caption}" if said else caption),
+        f"{f'{origin}: ' if said else ''}{caption}\n{pd.DataFrame(body, columns=columns).to_string(index=False)}",
     )
 
 
 def _cell(value: Any, column: str, fmt: str | Mapping[str, str]) -> str:
     if isinstance(value, str):
-        return value
+        return re.sub(r"(?<![\w.)-])-(?=\.?\d)", "−", value)
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return "–"
     if isinstance(value, float | np.floating):
@@ -159,21 +171,26 @@ def _cell(value: Any, column: str, fmt: str | Mapping[str, str]) -> str:
 
 
 def _figures(cells: list[str]) -> bool:
-    """True when every filled cell of a column begins like a number."""
+    """True when most filled cells of a column begin like a number and none is a sentence."""
     filled = [c for c in cells if c not in ("", "–")]
-    return bool(filled) and all(re.match(r"[<>≈]?\s?[+−-]?[\d.]*\d", c) for c in filled)
+    if not filled:
+        return "–" in cells
+    numbers = sum(bool(re.match(r"[<>≈]?\s?\[?[+−-]?[\d.]*\d", c)) for c in filled)
+    return 2 * numbers > len(filled) and max(map(len, filled)) <= 28
 
 
 def _md(text: str) -> str:
     """Text inside a Markdown table cell: a bar would end the cell, a line break the table."""
-    return re.sub(r"\s*\n\s*", " ", text).replace("|", "\\|")
+    text = re.sub(r"\s*\n\s*", " ", text).replace("|", "\\|")
+    # a name such as STS-B or macro/F1 would be broken at its sign
+    return f"[{text}]{{.name}}" if re.fullmatch(r"\w{1,9}[-/]\w{1,6}", text) else text
 
 
 def _head_md(column: str) -> str:
-    first, _, rest = column.partition(" ")
-    if first in ("published", "measured"):
+    first, _, rest = column.replace("_", " ").partition(" ")
+    if first in ORIGINS:
         return f"[{first}]{{.{first}}} {_md(rest)}".rstrip()
-    return _md(column)
+    return _md(f"{first} {rest}".rstrip())
 
 
 def _html_table(
@@ -191,7 +208,7 @@ def _html_table(
         inner = f"<strong><u>{inner}</u></strong>" if marked else inner
         return f'<{tag} style="{style}">{inner}</{tag}>'
 
-    head = "".join(td("th", c, r) for c, r in zip(columns, right, strict=True))
+    head = "".join(td("th", c.replace("_", " "), r) for c, r in zip(columns, right, strict=True))
     rows = "".join(
         "<tr>"
         + "".join(td("td", s, r, (i, c) in better)
@@ -243,13 +260,10 @@ def claims(*ids: str) -> pd.DataFrame:
 def run_line(facts: Mapping[str, Any]) -> None:
     """Show one line of facts about a run: what stood behind each name, seeds, minutes.
 
-    A list is joined by commas; an entry that is None is left out. ValueError if none is left.
+    A list is joined by commas, or by semicolons if its items have commas; an entry that is None is
+    left out. ValueError if none is left.
     """
-    kept = {
-        k: ", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v)
-        for k, v in facts.items()
-        if v is not None
-    }
+    kept = {k: _joined(v) for k, v in facts.items() if v is not None}
     if not kept:
         raise ValueError("a run line needs at least one fact")
     _show(
@@ -259,6 +273,11 @@ def run_line(facts: Mapping[str, Any]) -> None:
                                   for k, v in kept.items()) + "</small></p>",
         " | ".join(f"{k}: {v}" for k, v in kept.items()),
     )  # fmt: skip
+
+
+def _joined(value: Any) -> str:
+    items = [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
+    return ("; " if len(items) > 1 and any(", " in i for i in items) else ", ").join(items)
 
 
 def _plain(value: str) -> str:

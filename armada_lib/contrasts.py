@@ -69,7 +69,7 @@ def counts(n: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
 def rescored(
     metric: str, predictions: ArrayLike, labels: ArrayLike, drawn: np.ndarray
 ) -> np.ndarray:
-    """The metric x 100 of every run on every draw: (draws, runs).
+    """The metric × 100 of every run on every draw: (draws, runs).
 
     predictions (runs, n): classes, or scores for `pearson`; labels (n,); drawn (draws, n) from
     `counts`. As in `evaluation.metric`, MCC and Pearson of a constant side are 0. Raises ValueError

@@ -1,4 +1,4 @@
-"""Predictions of every head, and the paper's metrics (all x 100)."""
+"""Predictions of every head, and the paper's metrics (all × 100)."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ class Store:
     def matrix(self, texts: Sequence[str]) -> torch.Tensor:
         """Vectors (n, width) in the order of `texts`: one mapped file, not copied to memory.
 
-        The first call for these texts writes the file (n x width x 2 bytes, streamed), later ones
+        The first call for these texts writes the file (n × width × 2 bytes, streamed), later ones
         map it; changing the tensor changes no file. For NumPy add `.numpy()`. Raises
         MissingVectors, and OSError like `fill`.
         """

@@ -260,6 +260,9 @@ CRITERION = (
 )
 
 
+PLAIN = {"reproduced": "Yes", "not reproduced": "No", "undecided": "It cannot be told"}
+
+
 def answer(found: Sequence[Result]) -> tuple[str, str]:
     """(outcome for `chapter.verdict`, the plain answer): did the teacher help, beyond regularisation?
 

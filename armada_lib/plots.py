@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from armada_lib.figures import METHOD_MARKERS, WIDTH, _need, style
+from armada_lib.figures import METHOD_MARKERS, WIDTH, _need, safe_colours, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,13 +32,15 @@ def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]
 
 
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each name, in the order given; every name keeps its own in all panels."""
-    import seaborn as sns
+    """Colour and marker of each name, in the order given; every name keeps its own in all panels.
 
-    palette = sns.color_palette("colorblind")
-    return {
+    The undistilled student is grey, so that the others look the same where it is not shown.
+    """
+    palette = safe_colours()
+    others = [n for n in names if n != "undistilled"]
+    return {"undistilled": {"color": "0.35", "marker": "d"}} | {
         name: {"color": palette[i % len(palette)], "marker": METHOD_MARKERS[i % len(METHOD_MARKERS)]}
-        for i, name in enumerate(names)
+        for i, name in enumerate(others)
     }  # fmt: skip
 
 
@@ -73,9 +75,7 @@ def scenarios(df: pd.DataFrame, models: Sequence[str]) -> Figure:
         raise ValueError(f"no points of {unknown}; models are {sorted(set(df['model']))}")
     tasks = list(dict.fromkeys(df["task"]))
     figure, axes = _panels(len(tasks) * len(models), len(models), 3.2)
-    import seaborn as sns
-
-    palette = sns.color_palette("colorblind")
+    palette = safe_colours()
     kinds = {
         0: ("neither", {"color": "0.8", "marker": "."}, "0.8"),
         1: ("scenario 1: only ARMADA right", {"color": palette[0], "marker": "o"}, palette[0]),

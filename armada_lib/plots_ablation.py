@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from armada_lib.figures import CONTROL_MARKERS, METHOD_MARKERS, WIDTH, style
+from armada_lib.figures import CONTROL_MARKERS, METHOD_MARKERS, WIDTH, safe_colours, style
 from armada_lib.stats import summary
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def main_effects(
 
     figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     axes = figure.subplots(1, len(factors), sharey=True, squeeze=False)[0]
-    tasks, colours = list(dict.fromkeys(cells["task"])), sns.color_palette("colorblind")
+    tasks, colours = list(dict.fromkeys(cells["task"])), safe_colours()
     for ax, (factor, title) in zip(axes, factors.items(), strict=True):
         levels = sorted(set(cells[factor]))
         for i, task in enumerate(tasks):
@@ -74,7 +74,6 @@ def one_factor(
     rest hollow. Intervals from three seeds on. ValueError if no row is left.
     """
     style()
-    import seaborn as sns
     from matplotlib.figure import Figure
 
     known = np.array([k in names for k in zip(df["factor"], df["level"], strict=True)], dtype=bool)
@@ -82,7 +81,7 @@ def one_factor(
     if df.empty:
         raise ValueError(f"no difference for any of {list(names.values())}")
     figure = Figure(figsize=(WIDTH, 1.4 + 0.42 * len(names)), layout="constrained")
-    ax, colours = figure.subplots(), sns.color_palette("colorblind")
+    ax, colours = figure.subplots(), safe_colours()
     for j, (other, said) in enumerate(others.items()):
         colour = colours[0] if j == 0 else "0.35"
         look: dict[str, Any] = {"color": colour, "linestyle": "none",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from armada_lib.figures import CONTROL_MARKERS, METHOD_MARKERS, WIDTH, style
+from armada_lib.figures import CONTROL_MARKERS, METHOD_MARKERS, WIDTH, safe_colours, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 COLUMNS = ("group", "contrast", "title", "mean", "low", "high", "values", "bound")
 
 
-def forest(df: pd.DataFrame, unit: str = "points") -> Figure:
+def forest(df: pd.DataFrame, unit: str = "points", order: Sequence[str] = ()) -> Figure:
     """Means, intervals and every seed of contrasts; a panel a `title`, in the order of the table.
 
     `df` has a row a contrast and panel: group, contrast, title, mean, low, high, values (one
     difference a seed), bound (nan: none; else shaded, from -bound to bound). Groups are set apart and
-    differ in colour and marker. Raises ValueError for a table without rows or columns.
+    differ in colour and marker; with `order`, the names of all groups, each keeps its own in figures
+    that show a part of them. Raises ValueError for a table without rows or columns.
     """
     if missing := [c for c in COLUMNS if c not in df]:
         raise ValueError(f"missing column(s) {missing}; the table has {list(df.columns)}")
@@ -32,6 +34,7 @@ def forest(df: pd.DataFrame, unit: str = "points") -> Figure:
 
     lines = list(dict.fromkeys(zip(df["group"], df["contrast"], strict=True)))
     groups, panels = list(dict.fromkeys(df["group"])), list(dict.fromkeys(df["title"]))
+    known = [*order, *(g for g in groups if g not in order)]
     place, y = {}, 0.0
     heads = {}
     for group in groups:
@@ -42,7 +45,7 @@ def forest(df: pd.DataFrame, unit: str = "points") -> Figure:
         y += 1.4  # room for the name of the next group
     figure = Figure(figsize=(WIDTH, 1.0 + 0.24 * y), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    colours = sns.color_palette("colorblind")
+    colours = safe_colours()
     markers = METHOD_MARKERS + CONTROL_MARKERS
     for ax, title in zip(axes, panels, strict=True):
         rows = df[df["title"] == title]
@@ -50,7 +53,7 @@ def forest(df: pd.DataFrame, unit: str = "points") -> Figure:
             ax.axvspan(-bound, bound, color="0.93", zorder=0)
         ax.axvline(0, color="black", linewidth=1, zorder=1)
         for r in rows.itertuples():
-            i, at = groups.index(r.group), place[r.group, r.contrast]
+            i, at = known.index(r.group), place[r.group, r.contrast]
             look: dict[str, Any] = {"color": colours[i % len(colours)]}
             ax.plot(r.values, [at + 0.27] * len(r.values), ".", **look, markersize=4, alpha=0.7,
                     markeredgewidth=0)  # fmt: skip

@@ -88,7 +88,7 @@ def decide_each(outputs: np.ndarray, threshold: float) -> np.ndarray:
 
 @dataclass
 class Result:
-    """`scores`: metric x 100 by head; `outputs`: (n, c) or (n,) by head; `labels` (n,) or (n, c).
+    """`scores`: metric × 100 by head; `outputs`: (n, c) or (n,) by head; `labels` (n,) or (n, c).
 
     A task with a second metric has its scores in `facts["also"]`, by metric and head.
     """

@@ -136,16 +136,58 @@ def test_table_html_and_text_hold_the_same_cells(shown):
     assert "12.3 ± 0.4" in shown[0]["text/plain"]
 
 
+@pytest.mark.parametrize("origin", ["published", "measured", "computed"])
+def test_a_table_says_where_its_numbers_come_from(shown, origin):
+    chapter.table(FRAME[["task", "n"]], "c", "t", origin)
+    assert shown[0]["text/markdown"].startswith(f":::{{table}} [{origin}]{{.{origin}}} c\n")
+    assert f"<caption>{origin}: c<" in shown[0]["text/html"]
+    assert shown[0]["text/plain"].startswith(f"{origin}: c\n")
+    assert f".{origin}::before" in (ROOT / "book/_static/book.css").read_text()
+
+
+def test_a_table_that_does_not_say_it_is_refused(shown):
+    with pytest.raises(ValueError, match="'t'.*published, measured, computed, row"):
+        chapter.table(FRAME[["task", "n"]], "c", "t")
+    with pytest.raises(ValueError, match="unknown origin 'guessed'"):
+        chapter.table(FRAME, "c", "t", "guessed")
+    assert not shown
+    chapter.table(FRAME[["task", "n"]], "c", "t", "row")  # its rows say it
+    chapter.table(FRAME, "c", "t")  # its heads say it
+    assert all(s["text/markdown"].startswith(":::{table} c\n") for s in shown)
+
+
+def test_cells_have_true_minus_signs_names_stay_whole_and_most_cells_align(shown):
+    df = pd.DataFrame(
+        {
+            "n_of": ["-0.4, 3", "x-1 (no sign)"],
+            "task": ["STS-B", "a word-pair list"],
+            "published": ["+3.4", "-"],
+            "interval": ["[−1, 2]", ""],
+            "none": ["–", "–"],
+        }
+    )
+    chapter.table(df, "c", "t")
+    assert shown[0]["text/markdown"].splitlines()[3:7] == [
+        "| n of | task | [published]{.published} | interval | none |",
+        "| :-- | :-- | :-- | --: | --: |",
+        "| −0.4, 3 | [STS-B]{.name} | +3.4 | [−1, 2] | – |",
+        "| x-1 (no sign) | a word-pair list | - |  | – |",
+    ]
+    three = pd.DataFrame({"published": ["1", "2", "theorem"], "text": ["1", "2", "w" * 40]})
+    chapter.table(three, "c", "t")
+    assert shown[1]["text/markdown"].splitlines()[4] == "| --: | :-- |"
+
+
 def test_table_formats_by_column_and_joins_two_level_heads(shown):
     df = pd.DataFrame([[0.5, 0.125]], columns=pd.MultiIndex.from_tuples([("p", ""), ("t", "x")]))
-    chapter.table(df, "c", "t", fmt={"p": "{:.3f}"})
+    chapter.table(df, "c", "t", "measured", fmt={"p": "{:.3f}"})
     assert "| p | t x |" in shown[0]["text/markdown"]
     assert "| 0.500 | 0.1 |" in shown[0]["text/markdown"]
 
 
 def test_a_small_p_is_below_a_bound_and_nought_has_no_sign(shown):
     df = pd.DataFrame({"p (Holm)": [0.0002, 0.0], "price": [0.0002, -0.0], "gap": [-0.0004, -0.6]})
-    chapter.table(df, "c", "t", fmt="{:.3f}")
+    chapter.table(df, "c", "t", "measured", fmt="{:.3f}")
     rows = shown[0]["text/markdown"].splitlines()[5:7]
     assert rows == ["| < 0.001 | 0.000 | 0.000 |", "| 0.000 | 0.000 | −0.600 |"]
 

@@ -253,7 +253,7 @@ def test_links_in_cells_are_links_in_jupyter_too(monkeypatch):
     shown = []
     monkeypatch.setattr(chapter, "display", lambda bundle, raw: shown.append(bundle))
     df = pd.DataFrame({"a": ["[x <1>](02_nlu.ipynb)", "[−1.0, 2.0]"]})
-    chapter.table(df, "c", "t-links")
+    chapter.table(df, "c", "t-links", "row")
     assert '<a href="02_nlu.ipynb">x &lt;1&gt;</a>' in shown[0]["text/html"]
     assert "[−1.0, 2.0]" in shown[0]["text/html"]
 

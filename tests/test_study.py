@@ -215,6 +215,16 @@ def test_tables_and_figures_have_every_contrast_that_was_asked_for():
     assert labels == [x.name for x in p.pairs]
     seeds = [line for line in figure.axes[0].lines if line.get_marker() == "."]
     assert len(seeds) == 13 and all(len(line.get_xdata()) == 4 for line in seeds)
+    part = plots_study.forest(
+        frame[frame["group"] == OVER], order=list(dict.fromkeys(frame["group"]))
+    )
+    ink = lambda f, i: [x for x in f.axes[0].lines if x.get_marker() == "."][i].get_color()
+    # a part of the figure keeps the colours of the whole
+    first = list(frame["group"][::2]).index(OVER)
+    assert ink(part, 0) == ink(figure, first) != ink(plots_study.forest(frame), 0)
+    assert (
+        p.said.startswith("profile ") and "emoji painter" in p.said and "a text encoder" in p.said
+    )
     with pytest.raises(ValueError, match="no rows"):
         plots_study.forest(frame.iloc[:0])
     with pytest.raises(ValueError, match=r"missing column\(s\) \['bound'\]"):

@@ -56,7 +56,7 @@ def mentor_over_aligner() -> list[Reading]:
 
 def latent_sizes() -> list[Reading]:
     """Widths of the image and the video vector; what other latents would have."""
-    beside = {"4 x 32 x 32": 4 * 32 * 32, "64 frames x 4 x 32 x 32": 64 * 4 * 32 * 32}
+    beside = {"4 × 32 × 32": 4 * 32 * 32, "64 frames × 4 × 32 × 32": 64 * 4 * 32 * 32}
     return [Reading("as described", {"image": 32 * 32, "video": 512 * 512}, beside)]
 
 

@@ -88,7 +88,7 @@ def _published(e: Entry) -> str:
         return e.published
     claims = audit.claims()
     said = [
-        f"{claims.loc[c, 'published']} ({c})" for c in e.claims if claims.loc[c, "published"] != "-"
+        f"{claims.loc[c, 'published']} ({c})" for c in e.claims if claims.loc[c, "published"] != "–"
     ]
     return "; ".join(said) or "–"
 

@@ -54,6 +54,12 @@ def seeds_said(n: int) -> str:
     return f"{n} seed" if n == 1 else f"{n} seeds"
 
 
+def seeds_fact(seeds: Iterable[int]) -> dict[str, list[int]]:
+    """The entry of a run line: "seed 0", "seeds 0, 1"."""
+    found = sorted(set(seeds))
+    return {"seed" if len(found) == 1 else "seeds": found}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a chapter will run: validated names and the complete specs."""
@@ -95,7 +101,7 @@ class Plan:
             "mentor": [played(p.student(m)) for m in self.mentors] or None,
             "tasks": list(dict.fromkeys(report.title(s.task) for s in self.specs)),
             "test sets not at hand": self.absent or None,
-            "seeds": sorted({s.seed for s in self.specs}),
+            **seeds_fact(s.seed for s in self.specs),
             "precision": sorted({s.training.precision for s in self.specs}),
             "runs": f"{len(self.specs)}, {stored} stored" if stored else len(self.specs),
         })  # fmt: skip

@@ -19,7 +19,7 @@ import pandas as pd
 from armada_lib import chapter, contrasts, experiment, profiles, report, results
 from armada_lib.contrasts import Contrast
 from armada_lib.methods import METHODS
-from armada_lib.plans.common import several
+from armada_lib.plans.common import cast, several
 from armada_lib.plans.evidence import folder
 from armada_lib.profiles import check
 
@@ -108,6 +108,18 @@ class Studied:
         path = folder() / f"{self.study.name}_labels.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return {name[0]: np.array(known[r["spec"].data_id]) for name, r in self.records.items()}
+
+    @property
+    def seen(self) -> list[str]:
+        """Teachers of which a cell is there."""
+        there = {name[2] for name in self.records}
+        return [t for t in self.teachers if t in there]
+
+    @property
+    def said(self) -> str:
+        """Profile, and who plays whom in the cells that are there."""
+        p = profiles.load(self.study.profile)
+        return f"profile {p.name}; {cast(p, self.study.student or p.nlu.student, self.seen)}"
 
     @property
     def missing(self) -> list[experiment.Cell]:

@@ -11,7 +11,7 @@ from armada_lib import chapter, contrasts, figures, plots_study, profiles, repor
 from armada_lib.contrasts import HARMS, MATTERS, MIXED, NOT, OPEN, Contrast
 from armada_lib.files import write_text
 from armada_lib.plans.common import played
-from armada_lib.plans.study import OVER, PRIMARY, Pair, Studied
+from armada_lib.plans.study import GROUPS, OVER, PRIMARY, Pair, Studied
 
 HEAD = {
     MATTERS: "The teacher matters at this scale",
@@ -173,7 +173,7 @@ def show_on_front_page(p: Studied) -> Path | None:
         return None
     folder = profiles.ROOT / "book" / "_static"
     write_text(folder / "study.txt", f"{_primary(p)}\n")
-    return figures.save(plots_study.forest(main(p)), folder / "study.svg")
+    return figures.save(plots_study.forest(main(p), order=GROUPS), folder / "study.svg")
 
 
 def summary(p: Studied, tasks: Iterable[str], groups: Iterable[str]) -> pd.DataFrame:
@@ -218,7 +218,7 @@ def run_line(p: Studied) -> None:
         "evidence": f"book/results/{p.study.name}.jsonl",
         "profile": f"{profile.name} ({profile.about})",
         "student": played(profile.student(p.study.student or profile.nlu.student)),
-        "teacher": [played(profile.teacher(t)) for t in p.teachers],
+        "teacher": [played(profile.teacher(t)) for t in p.seen],
         "cells": f"{len(made):,} of {len(p.cells):,}",
         "seeds": sorted({s for t in p.study.tasks.values() for s in t.seeds}),
         "precision": sorted({r["spec"].training.precision for r in made}) or None,

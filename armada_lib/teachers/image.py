@@ -39,7 +39,7 @@ from armada_lib.teachers.common import (
 RECIPE = "image-1"  # raise it when code below changes the vectors
 STRENGTH = 0.75  # of the image-to-image pass of the two-stage reading (register A2)
 
-# How a latent (n, channels, h, w) becomes a vector; register A2 lists the readings of "32 x 32".
+# How a latent (n, channels, h, w) becomes a vector; register A2 lists the readings of "32 × 32".
 READOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "flatten": lambda z: z.flatten(1),
     "channel-mean": lambda z: z.mean(1).flatten(1),

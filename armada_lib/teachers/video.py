@@ -1,7 +1,7 @@
 """Text-to-video teachers: a thin wrapper around diffusers' TextToVideoSDPipeline.
 
 The teacher's vector is read from one film drawn from the text (paper, section 4: 64 frames, 20
-steps, guidance 7.5; the readings of "the first frame, 512 x 512" are register A3). The same class runs
+steps, guidance 7.5; the readings of "the first frame, 512 × 512" are register A3). The same class runs
 ModelScope's 1.7B model and a small film model that shares the layers of an image model.
 
 Noise: the initial latents of a text come from a CPU generator seeded by a hash of the text, so
@@ -145,7 +145,7 @@ def project(vectors: np.ndarray, width: int) -> np.ndarray:
     """A seeded random projection of `vectors` (n, numbers) to (n, width), float32.
 
     y = R x / sqrt(width) with independent random signs R: E |y|^2 = |x|^2 (Achlioptas 2003). R is
-    drawn in blocks as it is used, since 262144 x 1024 signs as numbers take a gigabyte.
+    drawn in blocks as it is used, since 262144 × 1024 signs as numbers take a gigabyte.
     """
     numbers = vectors.shape[1]
     out = np.zeros((len(vectors), width), np.float32)
