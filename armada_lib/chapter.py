@@ -139,12 +139,13 @@ def table(
             for row in df.itertuples(index=False)]  # fmt: skip
     right = [_figures([row[j] for row in body]) for j in range(len(columns))]
 
+    spaced = lambda text, j: re.sub(r" (?!\[)", "\N{NO-BREAK SPACE}", text) if right[j] else text
     lines = [
         [_head_md(c) for c in columns],
         ["--:" if r else ":--" for r in right],
         *(
-            [f"[{_md(s)}]{{.better}}" if (i, c) in better else _md(s)
-             for c, s in zip(columns, row, strict=True)]
+            [f"[{_md(s)}]{{.better}}" if (i, c) in better else _labelled(spaced(s, j), origin)
+             for j, (c, s) in enumerate(zip(columns, row, strict=True))]
             for i, row in enumerate(body)
         ),
     ]  # fmt: skip
@@ -161,6 +162,8 @@ def _cell(value: Any, column: str, fmt: str | Mapping[str, str]) -> str:
         return re.sub(r"(?<![\w.)-])-(?=\.?\d)", "−", value)
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return "–"
+    if isinstance(value, int | np.integer) and abs(int(value)) >= 10_000:
+        return f"{value:,}".replace("-", "−")
     if isinstance(value, float | np.floating):
         form = fmt if isinstance(fmt, str) else fmt.get(column, "{:.1f}")
         text = form.format(value)
@@ -187,10 +190,13 @@ def _md(text: str) -> str:
 
 
 def _head_md(column: str) -> str:
-    first, _, rest = column.replace("_", " ").partition(" ")
-    if first in ORIGINS:
-        return f"[{first}]{{.{first}}} {_md(rest)}".rstrip()
-    return _md(f"{first} {rest}".rstrip())
+    return _labelled(column.replace("_", " "), "row")
+
+
+def _labelled(text: str, origin: str | None) -> str:
+    """A cell; where heads or rows say the origin, its word is made a label."""
+    m = re.match(rf"({'|'.join(ORIGINS)})\b(.*)", text) if origin == "row" else None
+    return f"[{m[1]}]{{.{m[1]}}}{_md(m[2])}" if m else _md(text)
 
 
 def _html_table(

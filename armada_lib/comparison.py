@@ -19,9 +19,10 @@ NAMES = {"armada": "ARMADA", **report.BASELINES, **report.CONTROLS}
 def scoreboard(df: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """A row a method as quoted in the paper and one as run here, a column a task, averages last.
 
-    Three kinds of `row`: quoted, run again (what the paper quotes), and ARMADA, run with its controls.
-    `df`: the frame of `report.table`; `published`: Table 7 or 8. Quoted rows hold what the paper
-    prints for the tasks of this run; it does not say on which split. The two kinds never mix.
+    Three kinds of `row`: published (quoted by the paper), measured again (the same methods), and
+    measured, ARMADA, with its controls. `df`: the frame of `report.table`; `published`: Table 7 or
+    8. Published rows hold what the paper prints for the tasks of this run; it does not say on which
+    split. The kinds never mix.
     """
     found = report.arms(df)
     titles = list(dict.fromkeys(found["title"]))
@@ -31,12 +32,17 @@ def scoreboard(df: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
         printed = {t: part.loc[part["task"] == t, "printed"].iloc[0] for t in titles if t in values}
         if printed:
             shared = float(values[list(printed)].mean())
-            rows.append({"method": name, "row": "quoted", **printed, "mean": f"{shared:.1f}"})
+            rows.append(
+                {"method": name, "row": "published, quoted", **printed, "mean": f"{shared:.1f}"}
+            )
     for name in dict.fromkeys(found["arm"]):
         part = found[found["arm"] == name]
         own = part["method"].iloc[0]
         again = own in report.BASELINES or own == "undistilled"
-        row: dict[str, Any] = {"method": name, "row": "run again" if again else "ARMADA, run"}
+        row: dict[str, Any] = {
+            "method": name,
+            "row": "measured again" if again else "measured, ARMADA",
+        }
         for t, g in part.groupby("title", sort=False):
             s = stats.summary(g["score"])
             spread = f" ± {s.sd:.1f}" if s.n > 1 else ""
@@ -99,6 +105,22 @@ def ranks(df: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
     out = pd.DataFrame({"arm": names, "rank": means.mean(0), "low": low, "high": high,
                         "n": n, "critical": critical})  # fmt: skip
     return out.sort_values("rank", ignore_index=True)
+
+
+def rank_table(ranked: pd.DataFrame) -> pd.DataFrame:
+    """`ranks` as a page shows it: the interval in one column."""
+    ends = zip(ranked["low"], ranked["high"], strict=True)
+    return pd.DataFrame({
+        "trained as": ranked["arm"], "average rank": ranked["rank"],
+        "95 % interval": [f"[{low:.1f}, {high:.1f}]" for low, high in ends],
+        "tasks": ranked["n"], "critical difference": ranked["critical"],
+    })  # fmt: skip
+
+
+COST_HEADS = {
+    "added": "added parameters", "share": "share, %", "step": "step, × undistilled",
+    "memory": "memory, MB", "stage_epochs": "stage, epochs", "stage_time": "stage, × fine-tuning",
+}  # fmt: skip
 
 
 def costs(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:

@@ -217,7 +217,7 @@ def examples(before: RunSpec, after: RunSpec, store: RunStore, each: int = 1) ->
         a, b = (gentasks.score(name, x[name], items).each for x in (first, second))
         for n in np.flatnonzero(a != b)[:each]:
             rows.append({
-                "test set": gentasks.TASKS[name].title, "question": items[n].teacher_text,
+                "test set": gentasks.TASKS[name].title, "question": " / ".join(items[n].teacher_text.split("\n")),
                 "gold": items[n].answer or items[n].references[0],
                 "before": answers.cut(first[name][n]), "after": answers.cut(second[name][n]),
             })  # fmt: skip

@@ -121,7 +121,7 @@ def test_table_markdown_is_a_numbered_table(shown):
     assert lines[3:] == [
         "| task | [published]{.published} cosine | [measured]{.measured} cosine | n | difference |",
         "| :-- | --: | --: | --: | --: |",
-        "| CoLA | 46.2 | 12.3 ± 0.4 | 3 | [−0.2]{.better} |",
+        "| CoLA | 46.2 | 12.3\xa0±\xa00.4 | 3 | [−0.2]{.better} |",
         "| a\\|b | – | – | 5 | 1.0 |",
         ":::",
     ]
@@ -151,7 +151,10 @@ def test_a_table_that_does_not_say_it_is_refused(shown):
     with pytest.raises(ValueError, match="unknown origin 'guessed'"):
         chapter.table(FRAME, "c", "t", "guessed")
     assert not shown
-    chapter.table(FRAME[["task", "n"]], "c", "t", "row")  # its rows say it
+    by_row = pd.DataFrame({"data": ["published, Table 4", "measured"], "n": [1, 2]})
+    chapter.table(by_row, "c", "t", "row")
+    assert "| [published]{.published}, Table 4 | 1 |" in shown[0]["text/markdown"]
+    assert "| [measured]{.measured} | 2 |" in shown[0]["text/markdown"]
     chapter.table(FRAME, "c", "t")  # its heads say it
     assert all(s["text/markdown"].startswith(":::{table} c\n") for s in shown)
 
@@ -170,12 +173,14 @@ def test_cells_have_true_minus_signs_names_stay_whole_and_most_cells_align(shown
     assert shown[0]["text/markdown"].splitlines()[3:7] == [
         "| n of | task | [published]{.published} | interval | none |",
         "| :-- | :-- | :-- | --: | --: |",
-        "| −0.4, 3 | [STS-B]{.name} | +3.4 | [−1, 2] | – |",
+        "| −0.4, 3 | [STS-B]{.name} | +3.4 | [−1,\xa02] | – |",
         "| x-1 (no sign) | a word-pair list | - |  | – |",
     ]
-    three = pd.DataFrame({"published": ["1", "2", "theorem"], "text": ["1", "2", "w" * 40]})
+    three = pd.DataFrame({"published": ["1 [0, 2]", "2", "theorem"], "text": ["1", "2", "w" * 40]})
     chapter.table(three, "c", "t")
-    assert shown[1]["text/markdown"].splitlines()[4] == "| --: | :-- |"
+    assert shown[1]["text/markdown"].splitlines()[4:6] == ["| --: | :-- |", "| 1 [0,\xa02] | 1 |"]
+    chapter.table(pd.DataFrame({"n": [-12345, 9999]}), "c", "t", "measured")
+    assert shown[2]["text/markdown"].splitlines()[5:7] == ["| −12,345 |", "| 9999 |"]
 
 
 def test_table_formats_by_column_and_joins_two_level_heads(shown):
@@ -189,7 +194,7 @@ def test_a_small_p_is_below_a_bound_and_nought_has_no_sign(shown):
     df = pd.DataFrame({"p (Holm)": [0.0002, 0.0], "price": [0.0002, -0.0], "gap": [-0.0004, -0.6]})
     chapter.table(df, "c", "t", "measured", fmt="{:.3f}")
     rows = shown[0]["text/markdown"].splitlines()[5:7]
-    assert rows == ["| < 0.001 | 0.000 | 0.000 |", "| 0.000 | 0.000 | −0.600 |"]
+    assert rows == ["| <\xa00.001 | 0.000 | 0.000 |", "| 0.000 | 0.000 | −0.600 |"]
 
 
 @pytest.mark.parametrize("better", [{(2, "n")}, {(0, "m")}, {(-1, "n")}])

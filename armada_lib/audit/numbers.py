@@ -56,7 +56,7 @@ def splits() -> pd.DataFrame:
 
 
 def attainable(printed: str, n: int) -> str:
-    """How a single run on `n` examples can print as this accuracy in %: "rounded", "truncated" or "".
+    """How a single run on `n` examples can print as this accuracy in %: "rounded", "truncated" or nothing.
 
     Exact: some k of n, times 100, to the printed decimals (half-way cases either way).
     """

@@ -148,6 +148,12 @@ def _number(x: float) -> str:
     return (f"{x:.{DECIMALS}f}" if abs(x) >= 0.05 else f"{x:.2g}").replace("-", "−")
 
 
+def _quantity(name: str, x: float) -> str:
+    """A number with its name, or with its unit behind it."""
+    unit = {"million": " million", "percent": " %", "ratio": " times"}.get(name)
+    return f"{_number(x)}{unit}" if unit else f"{name} {_number(x)}"
+
+
 def said(claim: str, most: int = 3) -> str:
     """A claim's recomputed numbers in a few words: those of the rules that agree, else of all.
 
@@ -162,9 +168,10 @@ def said(claim: str, most: int = 3) -> str:
         if r.answers:
             parts.append(f"{', '.join(_number(v) for v in r.answers.values())} ({r.rule})")
         elif r.holds is not None:
-            parts.append(r.rule if r.holds else f"not so: {r.rule}")
+            seen = ", ".join(_quantity(k, v) for k, v in list(r.beside.items())[:2])
+            parts.append(f"{'so' if r.holds else 'not so'}: {r.rule}{f' ({seen})' if seen else ''}")
         else:
-            parts += [f"{k} {_number(v)} ({r.rule})" for k, v in r.beside.items()]
+            parts += [f"{_quantity(k, v)} ({r.rule})" for k, v in r.beside.items()]
     more = f"; {len(parts) - most} more" if len(parts) > most else ""
     return "; ".join(parts[:most]) + more or "–"
 
@@ -220,7 +227,7 @@ def rules_side_by_side() -> tuple[pd.DataFrame, set[tuple[int, str]]]:
         rows.append({
             "student": student, "tables": " and ".join(map(str, numbered)),
             "tasks": top["task"].nunique(), "published": said, **averages,
-            "best without": f"{_number(rest)} ({task})", "p of the best": t.p,
+            "best without": f"{rest:.{DECIMALS}f} ({task})".replace("-", "−", 1), "p of the best": t.p,
         })  # fmt: skip
     return pd.DataFrame(rows), marks
 
@@ -252,7 +259,7 @@ def detail(*ids: str, most: int = 6) -> pd.DataFrame:
         first = {"id": claim, "claim": c["claim"], "published": c["published"]}
         for r in readings(claim):
             ok = r.agrees(printed(claim)) if status_of(claim) in COMPUTED else None
-            parts = [f"{k} {_number(v)}" for k, v in (r.answers or r.beside).items()]
+            parts = [_quantity(k, v) for k, v in (r.answers or r.beside).items()]
             more = f", {len(parts) - most} more" if len(parts) > most else ""
             text = ", ".join(parts[:most]) + more
             mark = {True: "yes", False: "no", None: ""}[ok]

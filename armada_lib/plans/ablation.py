@@ -37,7 +37,9 @@ class Ablation(Plan):
         """For a run line: the setting from which single changes are counted."""
         one = next(s for s in self.specs if s.method == "armada" and not ablations.changes(s))
         sizes = {s.training.batch_size for s in self.specs if not ablations.changes(s)}
-        weights = {ablations.SIGN[w]: f"{getattr(one, w):g}" for w in ablations.SIGN}
+        # a student that generates has no logits to match
+        heard = [w for w in ablations.SIGN if w != "alpha" or one.task not in gentasks.SUITES]
+        weights = {ablations.SIGN[w]: f"{getattr(one, w):g}" for w in heard}
         name = f"ARMADA, {report.LOSS[one.manifold or '']} loss, the {one.reading}'s reading"
         return {"base": name, **weights, "batch size": sorted(sizes)}
 
