@@ -116,8 +116,8 @@ def table(
     """Show `df` as a numbered table that the text can refer to by `name`.
 
     `origin` says where the numbers come from: "published" in the paper, "measured" in runs here,
-    "computed" from either or from a formula; "row" where every row says it. The heads say it of
-    columns whose name begins with "published" or "measured"; only then may it be left out.
+    "computed" from either or from a formula; "row" where every row says it; "data" for a data set.
+    Heads that begin with one of these words say it of their column; then it may be left out.
 
     `better` marks cells as (row position, column); say in the caption what the mark means.
     `fmt` formats fractions, for all columns or by column; whole numbers and strings stay as they
@@ -128,12 +128,13 @@ def table(
     """
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise ValueError(f"table name {name!r}: use small letters, digits and hyphens")
+    known = (*ORIGINS, "row", "data")
     columns = [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in df]
     if outside := [b for b in better if b[1] not in columns or not 0 <= b[0] < len(df)]:
         raise ValueError(f"cells {outside} are not in the table: {len(df)} rows, columns {columns}")
     if origin is None and not any(c.split(" ")[0] in ORIGINS for c in columns):
-        raise ValueError(f"table {name!r}: say its origin, one of {', '.join((*ORIGINS, 'row'))}")
-    check(origin or "row", (*ORIGINS, "row"), "origin")
+        raise ValueError(f"table {name!r}: say its origin, one of {', '.join(known)}")
+    check(origin or "row", known, "origin")
     said = f"[{origin}]{{.{origin}}} " if origin in ORIGINS else ""
     body = [[_cell(v, c, fmt) for c, v in zip(columns, row, strict=True)]
             for row in df.itertuples(index=False)]  # fmt: skip

@@ -146,7 +146,7 @@ def test_a_table_says_where_its_numbers_come_from(shown, origin):
 
 
 def test_a_table_that_does_not_say_it_is_refused(shown):
-    with pytest.raises(ValueError, match="'t'.*published, measured, computed, row"):
+    with pytest.raises(ValueError, match="'t'.*published, measured, computed, row, data"):
         chapter.table(FRAME[["task", "n"]], "c", "t")
     with pytest.raises(ValueError, match="unknown origin 'guessed'"):
         chapter.table(FRAME, "c", "t", "guessed")
