@@ -18,10 +18,11 @@ from typing import Literal
 
 import numpy as np
 
-from armada_lib import answers, profiles, tasks
+from armada_lib import answers, profiles, sources
 from armada_lib.answers import Item, Score
 from armada_lib.overlap import Match, contamination
-from armada_lib.tasks import SUBSET_SEED, Row
+from armada_lib.sources import SUBSET_SEED
+from armada_lib.tables import Row
 
 
 # ---------------------------------------------------------------- the hub's rows
@@ -133,7 +134,7 @@ def _folder(task: GenTask, data: str) -> str:
 
 def _exists(name: str, split: str, data: str) -> bool:
     task = TASKS[name]
-    paths = tasks.places(task.group, _folder(task, data), split, data)
+    paths = sources.places(task.group, _folder(task, data), split, data)
     return any(p.exists() for p in paths) if paths else split in task.hub
 
 
@@ -212,12 +213,12 @@ def load(name: str, split: str, data: str) -> tuple[list[Item], dict[str, str]]:
     if task.parts and split == "train" and not at_hub:
         found = [load(p, split, data) for p in task.parts if _exists(p, split, data)]
         if not found:
-            looked = [tasks.places(task.group, p, split, data)[0] for p in task.parts]
+            looked = [sources.places(task.group, p, split, data)[0] for p in task.parts]
             raise FileNotFoundError(f"data of {task.title}: none of {[*map(str, looked)]} found")
         items = [i for part, _ in found for i in part]
-        return items, dict(kv for _, sources in found for kv in sources.items())
+        return items, dict(kv for _, where in found for kv in where.items())
     hub = task.hub.get(split)
-    rows, source = tasks.read(task.title, task.group, _folder(task, data), split, data, hub)
+    rows, source = sources.read(task.title, task.group, _folder(task, data), split, data, hub)
     if task.convert and at_hub:
         rows = [task.convert(r) for r in rows]
     if not rows:

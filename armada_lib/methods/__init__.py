@@ -47,7 +47,7 @@ class Entry(NamedTuple):
     weights: Mapping[str, float] = MappingProxyType({})
     # pre-training on the training texts and their pictures, before `build` fine-tunes on text alone
     stage: type[Stage] | None = None
-    teacher: Literal["video", "frames"] | None = None  # of `settings.Pictured`; None: the run's own
+    teacher: Literal["video", "frames"] | None = None  # of `blocks.Pictured`; None: the run's own
     masks: bool = False  # it masks words in fine-tuning
     # ValueError for settings with which it cannot work: of the stage, if there is one
     check: Callable[[Training, int, int | None], None] = lambda training, width, channels: None

@@ -105,7 +105,7 @@ class VidLanKD(Stage):
     classification with video, and not this.
     Differs: the clip is one vector that a teacher made of the text, not features of frames, and which
     one it is makes the two variants: w/ResNet reads the first frame of the profile's video teacher,
-    w/CLIP an image encoder's features of a picture (`settings.Pictured`: `video`, `frames`); both
+    w/CLIP an image encoder's features of a picture (`blocks.Pictured`: `video`, `frames`); both
     models start from the student's checkpoint and read the task's texts, where the source trains
     from scratch on HowTo100M and Wikipedia. NST has the teacher's own term, a constant, so that 0 is
     its least value, and is a mean over texts without a division by their length.

@@ -100,7 +100,7 @@ class Vokenization(visual.Stage):
 
     The paper's Vid-Vokens (Table 8) are read as this with videos: w/ResNet gets the first frames of
     the profile's video teacher, w/CLIP an image encoder's features of pictures
-    (`settings.Pictured`: `video`, `frames`), where the source's frames pass ResNet and CLIP.
+    (`blocks.Pictured`: `video`, `frames`), where the source's frames pass ResNet and CLIP.
     """
 
     @staticmethod

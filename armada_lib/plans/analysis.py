@@ -10,6 +10,7 @@ from typing import Any
 from armada_lib import chapter, gentasks, profiles, specs
 from armada_lib import frames as frame_files
 from armada_lib.analysis import analyse
+from armada_lib.blocks import Analysis
 from armada_lib.frames import Frames
 from armada_lib.plans import evidence
 from armada_lib.plans.common import (
@@ -24,7 +25,6 @@ from armada_lib.plans.common import (
 from armada_lib.probes import Probe
 from armada_lib.profiles import MANIFOLDS
 from armada_lib.results import Result, RunSpec, RunStore
-from armada_lib.settings import Analysis
 
 ANALYSIS_PARAMETERS = (
     "profile", "teacher", "student", "tasks", "manifold", "seeds", "workers", "keep",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from armada_lib import chapter, specs
+from armada_lib.blocks import Baselines, Pictured
 from armada_lib.methods import METHODS, MULTIMODAL
 from armada_lib.plans.common import Plan, methods_of, profile_of, seeds_of, several
 from armada_lib.profiles import MANIFOLDS, check
 from armada_lib.results import Result, RunSpec, RunStore
-from armada_lib.settings import Baselines, Pictured
 
 BASELINE_PARAMETERS = (
     "profile", "teacher", "student", "mentor", "tasks", "methods", "manifold", "seeds", "workers", "keep",
