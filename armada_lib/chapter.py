@@ -1,4 +1,4 @@
-"""What a notebook calls: parameters and guard, run line, tables, published numbers, verdicts.
+"""What a notebook calls: run line, tables, published numbers, sources, verdicts.
 
 Each function shows one thing in three forms at once: MyST Markdown for the built book (numbered
 tables with cross-references), HTML for Jupyter, plain text for a terminal. Nothing is computed
@@ -7,13 +7,11 @@ here; the numbers come from the run store, `book/results/` or `book/published/`.
 
 from __future__ import annotations
 
-import ast
 import html
 import inspect
 import re
 import textwrap
-import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from armada_lib import figures
 from armada_lib.profiles import ROOT, check
 
 LINK = re.compile(r"\[([^\[\]]+)\]\(([^()\s]+)\)")  # of Markdown; cells may hold them
-_GUARDED = "_armada_guarded"  # in the notebook: how many cells had run at the first guard
 
 # Where the numbers of a table come from; each has a sign in the book's style sheet.
 ORIGINS = ("published", "measured", "computed")
@@ -38,68 +35,6 @@ OUTCOMES = {
     "undecided": "?",
     "not attempted": "–",
 }
-
-
-# ------------------------------------------------------------------------------- parameters
-
-
-def params(
-    ns: dict[str, Any], allowed: Iterable[str] | Mapping[str, Collection[Any] | None]
-) -> dict[str, Any]:
-    """Check a chapter's parameters, right after its parameters cell: `params(globals(), ...)`.
-
-    Papermill accepts any name and then runs with the default, so a misspelt `-p taecher sd14`
-    would go unnoticed. `allowed` holds the valid names; as a mapping it may give the valid values
-    of a name as well (None = any; each item of a list or tuple is checked, a None value passes).
-    Returns the parameters by name.
-
-    In a notebook the cells that assign nothing but plain values are read, so that the guard may be
-    run again when the notebook is full of results; elsewhere every variable must be a parameter.
-
-    Raises `profiles.Unknown` (a ValueError) for an unknown name or value, ValueError for a
-    parameter that the notebook does not define.
-    """
-    ns.setdefault(_GUARDED, len(ns.get("In", [])))
-    for name in sorted(_typed(ns, set(allowed)) - set(allowed)):
-        check(name, allowed, "parameter")
-    if missing := sorted(set(allowed) - set(ns)):
-        raise ValueError(f"the parameters cell does not define {', '.join(missing)}")
-    choices = allowed if isinstance(allowed, Mapping) else {}
-    for name, valid in choices.items():
-        for value in ns[name] if isinstance(ns[name], list | tuple) else [ns[name]]:
-            if valid is not None and value is not None:
-                check(value, valid, name)
-    return {name: ns[name] for name in allowed}
-
-
-def _typed(ns: Mapping[str, Any], allowed: set[str]) -> set[str]:
-    """Names that were given as parameters."""
-    if "In" not in ns:
-        no_value = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
-        return {k for k, v in ns.items() if k[0] != "_" and not isinstance(v, no_value)}
-    cells: list[set[str]] = []
-    for i, source in enumerate(ns["In"]):
-        names = _assigned(source)
-        papermills = source.startswith("# Parameters")
-        if names and (names & allowed or papermills or i < ns[_GUARDED]):
-            # a cell that was mended and run again replaces its older self
-            cells = [c for c in cells if not c & allowed <= names & allowed] + [names]
-    return set().union(*cells)
-
-
-def _assigned(source: str) -> set[str]:
-    """Names a cell assigns, if it does nothing but assign plain values; else nothing."""
-    names: set[str] = set()
-    try:
-        for node in ast.parse(source).body:
-            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
-                return set()
-            ast.literal_eval(node.value)
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {t.id for t in targets if isinstance(t, ast.Name)}
-    except (SyntaxError, ValueError):
-        return set()
-    return names
 
 
 # ------------------------------------------------------------------------------- tables

@@ -1,4 +1,4 @@
-"""Guard, tables, published numbers, run line and verdict, as a notebook calls them."""
+"""Tables, published numbers, run line and verdict, as a notebook calls them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import pytest
 from armada_lib import chapter
 from armada_lib.profiles import ROOT
 
-ALLOWED = ("teacher", "beta")
-
 
 @pytest.fixture
 def shown(monkeypatch):
@@ -22,82 +20,6 @@ def shown(monkeypatch):
         chapter, "display", lambda bundle, raw: bundles.append(bundle) if raw else None
     )
     return bundles
-
-
-def notebook(*cells: str) -> dict:
-    """The namespace after these cells ran, as IPython keeps it. The last cell is the guard's."""
-    ns: dict = {"In": [""], "get_ipython": print, "_i": ""}
-    for source in cells:
-        ns["In"].append(source)
-        exec(source, ns)
-    ns["In"].append("chapter.params(...)")
-    return ns
-
-
-# ---------------------------------------------------------------------------- guard
-
-
-def test_params_returns_the_allowed_names():
-    ns = notebook("teacher = 'sd14'  # type: str\nbeta = None", "import math\nfrom os import sep")
-    assert chapter.params(ns, ALLOWED) == {"teacher": "sd14", "beta": None}
-
-
-@pytest.mark.parametrize(
-    "cells",
-    [
-        ["teacher = 'sd14'\nbeta = 1", "# Parameters\ntaecher = 'sd14'\n"],  # papermill's cell
-        ["teacher = 'sd14'\nbeta = 1\ntaecher = 'x'"],
-        ["teacher = 'sd14'\nbeta: float = -1.0", "taecher = 'x'"],
-    ],
-)
-def test_params_refuses_a_misspelt_name_and_names_the_right_one(cells):
-    with pytest.raises(ValueError, match="'taecher'; did you mean 'teacher'.*beta, teacher"):
-        chapter.params(notebook(*cells), ALLOWED)
-
-
-def test_params_without_a_notebook_takes_every_variable():
-    with pytest.raises(ValueError, match="unknown parameter 'gama'"):
-        chapter.params({"teacher": 1, "beta": 1, "gama": 1, "re": re, "_x": 1}, ALLOWED)
-
-
-def test_params_can_be_run_again_in_a_notebook_full_of_results():
-    ns = notebook("teacher = 'sd14'\nbeta = 1")
-    chapter.params(ns, ALLOWED)
-    ns |= {"df": pd.DataFrame(), "best": 3}
-    ns["In"] += ["df = chapter.study(P)", "best = 3"]
-    assert chapter.params(ns, ALLOWED)["beta"] == 1
-
-    ns["In"] += ["teacher = 'sd14'\nbeta = 1\nbata = 2", "chapter.params(...)"]
-    with pytest.raises(ValueError, match="unknown parameter 'bata'"):
-        chapter.params(ns, ALLOWED)
-    # mended: the cell as it was last run counts, although `bata` is still defined
-    ns |= {"bata": 2, "beta": 2}
-    ns["In"] += ["teacher = 'sd14'\nbeta = 2", "chapter.params(...)"]
-    assert chapter.params(ns, ALLOWED)["beta"] == 2
-
-
-def test_params_mended_at_once():
-    ns = notebook("teacher = 'sd14'\nbata = 1")
-    with pytest.raises(ValueError, match="bata"):
-        chapter.params(ns, ALLOWED)
-    with pytest.raises(ValueError, match="bata"):  # the guard alone, run again, still refuses
-        chapter.params(ns, ALLOWED)
-    ns["In"].append("teacher = 'sd14'\nbeta = 1")
-    ns["beta"] = 1
-    assert chapter.params(ns, ALLOWED) == {"teacher": "sd14", "beta": 1}
-
-
-def test_params_checks_values_and_missing_names():
-    allowed = {"teacher": ["sd14", "midjourney"], "tasks": ["cola", "rte"], "beta": None}
-    good = {"teacher": "sd14", "tasks": ["rte", "cola"], "beta": 7}
-    assert chapter.params(dict(good), allowed) == good
-    assert chapter.params(good | {"teacher": None}, allowed)["teacher"] is None
-    with pytest.raises(ValueError, match="unknown teacher 'sd15'; did you mean 'sd14'"):
-        chapter.params(good | {"teacher": "sd15"}, allowed)
-    with pytest.raises(ValueError, match="unknown tasks 'colla'.*cola"):
-        chapter.params(good | {"tasks": ["rte", "colla"]}, allowed)
-    with pytest.raises(ValueError, match="does not define beta"):
-        chapter.params({"teacher": "sd14", "tasks": []}, allowed)
 
 
 # ---------------------------------------------------------------------------- tables

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from armada_lib import ablation as ablations
-from armada_lib import chapter, gentasks, profiles, report, specs
+from armada_lib import gentasks, guard, profiles, report, specs
 from armada_lib.plans.common import Plan, profile_of, seeds_of, several
 from armada_lib.plans.evidence import Evidence, committed, folder
 from armada_lib.profiles import MANIFOLDS, Profile
@@ -89,7 +89,7 @@ def ablation(ns: dict[str, Any]) -> tuple[Ablation, Ablation]:
 
     Specs come seed by seed, so that a study that was stopped has whole seeds.
     """
-    got = chapter.params(ns, ABLATION_PARAMETERS)
+    got = guard.params(ns, ABLATION_PARAMETERS)
     name, p = profile_of(got)
     levels, block = _levels(p, False), p.ablation
     assert block is not None

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from armada_lib import chapter, gentasks, profiles, specs
 from armada_lib import frames as frame_files
+from armada_lib import gentasks, guard, profiles, specs
 from armada_lib.analysis import analyse
 from armada_lib.blocks import Analysis
 from armada_lib.frames import Frames
@@ -59,7 +59,7 @@ def analysis(ns: dict[str, Any]) -> AnalysisPlan:
     that generate. Tasks with classes are probed; a regression task has neither right nor wrong, and
     only its scores and losses are used.
     """
-    got = chapter.params(ns, ANALYSIS_PARAMETERS)
+    got = guard.params(ns, ANALYSIS_PARAMETERS)
     name, p = profile_of(got)
     block = p.analysis
     if block is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from armada_lib import chapter, specs
+from armada_lib import guard, specs
 from armada_lib.blocks import Baselines, Pictured
 from armada_lib.methods import METHODS, MULTIMODAL
 from armada_lib.plans.common import Plan, methods_of, profile_of, seeds_of, several
@@ -61,7 +61,7 @@ def baselines(ns: dict[str, Any]) -> tuple[Tuned, Tuned]:
     Baselines that are named go to their own table, other methods to every table that has one of them
     then (if there is none, to Table 7); a table that has none gets a plan without specs.
     """
-    got = chapter.params(ns, BASELINE_PARAMETERS)
+    got = guard.params(ns, BASELINE_PARAMETERS)
     name, p = profile_of(got)
     usual = specs.baselines(p)
     mentor = several(got["mentor"], [usual.mentor], p.students, f"mentor (profile {name})")[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from armada_lib import chapter, profiles, views
+from armada_lib import chapter, guard, profiles, views
 from armada_lib import tasks as task_table
 from armada_lib.plans.common import played, profile_of, several
 from armada_lib.results import RunStore
@@ -39,7 +39,7 @@ class Looks:
 
 def looks(ns: dict[str, Any]) -> Looks:
     """Check the parameters of the page on teachers; nothing is computed yet."""
-    got = chapter.params(ns, TEACHER_PARAMETERS)
+    got = guard.params(ns, TEACHER_PARAMETERS)
     name, p = profile_of(got)
     # posters belong to films: of other texts there is none, or what another teacher paints already
     usual = [t for t in p.teachers if t != "posters"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from armada_lib import chapter, specs
+from armada_lib import guard, specs
 from armada_lib.plans.common import Plan, profile_of, seeds_of
 from armada_lib.profiles import MANIFOLDS
 from armada_lib.results import RunStore
@@ -33,7 +33,7 @@ def method(ns: dict[str, Any]) -> Pairs:
     weights. Raises one clear error for an unknown parameter or name, or a store that cannot be
     written to.
     """
-    got = chapter.params(ns, METHOD_PARAMETERS)
+    got = guard.params(ns, METHOD_PARAMETERS)
     name, p = profile_of(got)
     p.teacher(got["teacher"])
     seed = seeds_of(got["seed"], [0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from armada_lib import chapter, profiles, specs, views
+from armada_lib import guard, profiles, specs, views
 from armada_lib.plans.common import Plan, methods_of, profile_of, seeds_of, several
 from armada_lib.profiles import MANIFOLDS, READINGS, check
 from armada_lib.results import RunStore
@@ -22,7 +22,7 @@ def multimodal(ns: dict[str, Any]) -> Plan:
     Raises one clear error for an unknown parameter or name, a number out of range, data or
     checkpoints that are missing, and a store that cannot be written to.
     """
-    got = chapter.params(ns, MULTIMODAL_PARAMETERS)
+    got = guard.params(ns, MULTIMODAL_PARAMETERS)
     name, p = profile_of(got)
     block = p.multimodal
     if block is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from armada_lib import chapter, specs
+from armada_lib import guard, specs
 from armada_lib.plans.common import Plan, methods_of, profile_of, seeds_of, several
 from armada_lib.profiles import MANIFOLDS, READINGS
 from armada_lib.results import RunStore
@@ -21,7 +21,7 @@ def nlu(ns: dict[str, Any]) -> Plan:
     Raises one clear error for an unknown parameter or name, a weight out of range, data or
     checkpoints that are missing, and a store that cannot be written to.
     """
-    got = chapter.params(ns, NLU_PARAMETERS)
+    got = guard.params(ns, NLU_PARAMETERS)
     name, p = profile_of(got)
     p.teacher(got["teacher"])
     students = several(got["student"], [p.nlu.student], p.students, f"student (profile {name})")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from armada_lib import chapter, own, profiles, specs
+from armada_lib import guard, own, profiles, specs
 from armada_lib.own import Project
 from armada_lib.plans.common import Plan, profile_of, seeds_of, several
 from armada_lib.profiles import MANIFOLDS, check
@@ -63,7 +63,7 @@ def your_own(ns: dict[str, Any]) -> YourOwn:
     A file is looked for from where the notebook runs, then in the project. Raises one clear error
     for whatever is wrong with table, names, student or teacher.
     """
-    got = chapter.params(ns, OWN_PARAMETERS)
+    got = guard.params(ns, OWN_PARAMETERS)
     base, p = profile_of(got)
     check(got["manifold"], MANIFOLDS, "manifold loss")
     seeds = seeds_of(got["seeds"], p.own_seeds)

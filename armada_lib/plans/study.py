@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from armada_lib import chapter, contrasts, experiment, profiles, report, results
+from armada_lib import contrasts, experiment, guard, profiles, report, results
 from armada_lib.contrasts import Contrast
 from armada_lib.methods import METHODS
 from armada_lib.plans.common import cast, several
@@ -50,7 +50,7 @@ class Pair:
 
 def studied(ns: dict[str, Any]) -> Studied:
     """Check the page's parameters and read the evidence; nothing is computed yet."""
-    got = chapter.params(ns, STUDY_PARAMETERS)
+    got = guard.params(ns, STUDY_PARAMETERS)
     files = sorted(p.stem for p in (profiles.ROOT / "params").glob("*.yaml") if _is_study(p))
     study = experiment.load(
         profiles.ROOT / "params" / f"{check(got['study'], files, 'study in params')}.yaml"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from armada_lib import chapter, gentasks, specs
+from armada_lib import gentasks, guard, specs
 from armada_lib.plans.common import Plan, methods_of, profile_of, seeds_of, several
 from armada_lib.profiles import MANIFOLDS
 from armada_lib.results import RunStore
@@ -20,7 +20,7 @@ def tuning(ns: dict[str, Any], block: str) -> Plan:
 
     `block`: "reasoning" or "instruction", the part of the profile that says what "auto" means.
     """
-    got = chapter.params(ns, TUNING_PARAMETERS)
+    got = guard.params(ns, TUNING_PARAMETERS)
     name, p = profile_of(got)
     usual = getattr(p, block)
     if usual is None:
