@@ -91,6 +91,9 @@ def test_evidence_is_merged_by_key_and_read_back(tmp_path, monkeypatch):
     e = plans.committed("x")
     assert sorted(e.frame["score"]) == [2.0, 3.0]
     assert e.facts["runs"] == 2 and e.facts["minutes"] == 2 and "2 seeds" in e.said
+    both = [r["spec"] for r in e.records]
+    assert e.facts["digest of the runs"] == plans.common.digest(both[::-1])
+    assert e.facts["digest of the runs"] != plans.common.digest(both[:1])
     with pytest.raises(Unknown, match="'y'.*x"):
         plans.committed("y")
     text = (tmp_path / "x.jsonl").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,11 @@ def seeds_fact(seeds: Iterable[int]) -> dict[str, list[int]]:
     return {"seed" if len(found) == 1 else "seeds": found}
 
 
+def digest(found: Iterable[RunSpec]) -> str:
+    """Eight digits over the keys of runs: pages that show the same ones show the same runs."""
+    return hashlib.sha256("".join(sorted(s.key for s in found)).encode()).hexdigest()[:8]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a chapter will run: validated names and the complete specs."""
@@ -104,6 +110,7 @@ class Plan:
             **seeds_fact(s.seed for s in self.specs),
             "precision": sorted({s.training.precision for s in self.specs}),
             "runs": f"{len(self.specs)}, {stored} stored" if stored else len(self.specs),
+            "digest of the runs": digest(self.specs),
         })  # fmt: skip
 
     def published(self, number: int) -> pd.DataFrame:

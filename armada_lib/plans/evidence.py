@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from armada_lib import profiles, report, results
-from armada_lib.plans.common import cast, mentors_of, played, seeds_fact, seeds_said
+from armada_lib.plans.common import cast, digest, mentors_of, played, seeds_fact, seeds_said
 from armada_lib.profiles import check
 from armada_lib.results import Result, RunSpec
 
@@ -72,6 +72,7 @@ class Evidence:
         return {
             "evidence": f"book/results/{self.name}.jsonl",
             "runs": len(done),
+            "digest of the runs": digest(done),
             "tasks": list(dict.fromkeys(report.title(s.task) for s in done)),
             **seeds_fact(s.seed for s in done),
             "precision": sorted({s.training.precision for s in done}),
