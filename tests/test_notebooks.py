@@ -74,7 +74,7 @@ def test_parameters_cell_comes_first_and_the_guard_next(path):
     first, guard = code(path)[:2]
     assert first["metadata"].get("tags") == ["parameters"]
     assert defaults(path)
-    assert re.search(r"(chapter\.params|plans\.\w+)\(globals\(\)", guard["source"])
+    assert re.search(r"(guard\.params|plans\.\w+)\(globals\(\)", guard["source"])
 
 
 @chapters
