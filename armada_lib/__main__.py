@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from armada_lib import experiment, extraction, films, profiles, runs, specs
+from armada_lib import experiment, extraction, films, profiles, runs, specs, working
 from armada_lib.results import RunStore
 
 
@@ -127,7 +127,7 @@ def _study(given: argparse.Namespace) -> None:
         return
     if given.repeat is not None:
         job = experiment.pick(study, given.repeat)
-        table, same = experiment.repeat(job, study, store)
+        table, same = working.repeat(job, study, store)
         print(table.to_string(index=False))
         if not same:
             sys.exit(
@@ -150,7 +150,7 @@ def _study(given: argparse.Namespace) -> None:
         todo = [j for j in found if states.get(j.number) != "committed"]
         if there := len(found) - len(todo):
             say(f"{there:,} cells committed in book/results; --all computes them, too")
-        count = experiment.work(todo, store, given.workers, say)
+        count = working.work(todo, store, given.workers, say)
         print(", ".join(f"{n:,} {what}" for what, n in count.items()))
 
 

@@ -35,7 +35,7 @@ from pydantic import TypeAdapter
 from test_notebooks import NOTEBOOKS, cells, code, defaults, papermill_command, pass_guard
 
 from armada_lib import __main__ as cli
-from armada_lib import experiment, extraction, films, profiles, runs, specs
+from armada_lib import experiment, extraction, films, profiles, runs, specs, working
 from armada_lib.profiles import ROOT
 from armada_lib.settings import TeacherSpec
 
@@ -185,7 +185,7 @@ def library(words: list[str], monkeypatch) -> None:
     if words[2] == "study":
         profile = experiment.load(words[3]).profile
     monkeypatch.setattr(extraction, "fill", lambda *a, **k: 0)
-    monkeypatch.setattr(experiment, "work", lambda *a: {})
+    monkeypatch.setattr(working, "work", lambda *a: {})
     monkeypatch.setattr(experiment, "export", lambda study, store: (store.root, 0))
     monkeypatch.setattr(
         films, "convert", lambda archive, data: {"train": len([*archive.iterdir()])}

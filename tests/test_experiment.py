@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from armada_lib import __main__ as cli
-from armada_lib import evaluation, experiment, profiles, results, runs
+from armada_lib import evaluation, experiment, profiles, results, runs, working
 from armada_lib.results import RunStore
 from armada_lib.state import Diverged
 
@@ -160,7 +160,7 @@ def test_three_cells_computed_again_give_the_stored_metrics(tmp_path, capsys, pr
     jobs = experiment.jobs(experiment.load(path))
     assert len(jobs) == 3
     for job in jobs:
-        table, same = experiment.repeat(job, experiment.load(path), RunStore(tmp_path / "s"))
+        table, same = working.repeat(job, experiment.load(path), RunStore(tmp_path / "s"))
         assert same and len(table) == (1 if job.spec.method == "undistilled" else 4)
         assert table["stored"].nunique() == len(table)  # Pearson's: a number of many digits
         if precision == "fp32":
@@ -173,7 +173,7 @@ def test_a_cell_that_comes_out_otherwise_is_told(own, tmp_path, monkeypatch, cap
     run(own, tmp_path / "s", "--cell", "1")
     run(own, tmp_path / "s", "--repeat", "1")
     assert "student_aux" in capsys.readouterr().out
-    monkeypatch.setitem(experiment.TOLERANCE, "fp32", -1.0)
+    monkeypatch.setitem(working.TOLERANCE, "fp32", -1.0)
     with pytest.raises(SystemExit, match="further apart than the tolerance of fp32"):
         run(own, tmp_path / "s", "--repeat", "1")
 
@@ -247,10 +247,10 @@ def test_a_locked_cell_is_left_to_its_worker(own, tmp_path):
     store.check()
     said: list[str] = []
     with store.lock(jobs[0].spec.key):  # another worker's
-        count = experiment.work(jobs, store, 1, said.append)
+        count = working.work(jobs, store, 1, said.append)
         assert count == {"computed": 3, "diverged": 0, "elsewhere": 1}
         assert jobs[0].spec not in store and all(j.spec in store for j in jobs[1:])
-    count = experiment.work(jobs, store, 1, said.append)  # it died: the lock is free again
+    count = working.work(jobs, store, 1, said.append)  # it died: the lock is free again
     assert count == {"computed": 1, "diverged": 0, "elsewhere": 0} and jobs[0].spec in store
 
 
@@ -265,12 +265,12 @@ def test_a_cell_that_diverges_does_not_stop_the_others(own, tmp_path, monkeypatc
 
     monkeypatch.setattr(runs, "run", sometimes)
     said: list[str] = []
-    count = experiment.work(jobs, store, 1, said.append)
+    count = working.work(jobs, store, 1, said.append)
     assert count == {"computed": 2, "diverged": 1, "elsewhere": 0}
     assert any("cola armada" in x and "the loss is not finite" in x for x in said)
     monkeypatch.setattr(runs, "run", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):  # what would hit every cell stops the study
-        experiment.work(jobs, store, 1, said.append)
+        working.work(jobs, store, 1, said.append)
 
 
 @pytest.mark.slow

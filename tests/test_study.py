@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from armada_lib import contrasts, experiment, plots_study, profiles, results, stats
+from armada_lib import contrasts, experiment, plots_study, profiles, results, stats, working
 from armada_lib.plans import studied
 from armada_lib.plans import study as page
 from armada_lib.plans import study_answer as told
@@ -263,7 +263,7 @@ def tiny(project):
 def own(tiny, tmp_path):
     """That study, run, exported, and read back from files alone."""
     store, study = results.RunStore(tmp_path / "s"), experiment.load(tiny / "params/small.yaml")
-    experiment.work(experiment.jobs(study), store, 1, lambda _: None)
+    working.work(experiment.jobs(study), store, 1, lambda _: None)
     experiment.export(study, store)
     yield tiny
     for path in (tiny / "book/results").glob("small*"):

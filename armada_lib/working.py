@@ -1,0 +1,149 @@
+"""Cells of a study computed by any number of workers on any number of machines.
+
+All that is finished is in the run store, so that a study has no state of its own: whoever is started
+with the same file and store computes what nobody else has computed or is computing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from filelock import Timeout
+
+from armada_lib import runs
+from armada_lib.experiment import Job, Study, committed
+from armada_lib.extraction import pool
+from armada_lib.results import RunSpec, RunStore
+from armada_lib.state import Diverged
+
+Say = Callable[[str], None]
+
+
+def work(found: Sequence[Job], store: RunStore, workers: int, say: Say) -> dict[str, int]:
+    """Compute what is missing, in order, with `workers` processes of one thread each.
+
+    A cell that another worker computes, here or on another machine, is left to it. One that
+    diverges is named and left out; any other error stops the study. No score is shown, so that
+    nobody is tempted. Returns how many cells were `computed`, `diverged`, and are `elsewhere`.
+    """
+    store.check()
+    clock = Clock(store)
+    count = {"computed": 0, "diverged": 0, "elsewhere": 0}
+    missing = [j for j in found if j.spec not in store]
+    for j in found:
+        clock.note(j.spec)
+    say(f"{len(found):,} cells, {len(found) - len(missing):,} stored{clock.left(missing, workers)}")
+    diverged: set[str] = set()
+    while missing:
+        before = count["computed"]
+        for job, outcome in _outcomes(missing, store, workers):
+            if outcome == "computed":
+                count["computed"] += 1
+                clock.note(job.spec)
+                rest = [j for j in missing if j.spec not in store]
+                done = len(found) - len(rest) - len(diverged)
+                took = clock.seconds[job.spec.key]
+                left = clock.left(rest, workers)
+                say(f"{done:>5,} of {len(found):,} | {job.name} | {took:.0f} s{left}")
+            elif outcome != "elsewhere":
+                diverged.add(job.spec.key)
+                say(f"{job.name} has no result: {outcome}")
+        missing = [j for j in missing if j.spec not in store and j.spec.key not in diverged]
+        if count["computed"] == before:
+            break  # all that is left is being computed elsewhere
+    count |= {"diverged": len(diverged), "elsewhere": len(missing)}
+    return count
+
+
+def _outcomes(missing: Sequence[Job], store: RunStore, workers: int) -> Iterator[tuple[Job, str]]:
+    """Each job with what became of it; one that is stored by its turn is left out."""
+    queue = (j for j in missing if j.spec not in store)
+    if workers <= 1:
+        for job in queue:
+            yield job, attempt(job.spec, store.root)
+        return
+    with pool(min(workers, len(missing))) as processes:
+        running: dict[Future[str], Job] = {}
+        while True:
+            for job in itertools.islice(queue, workers - len(running)):
+                running[processes.submit(attempt, job.spec, store.root)] = job
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(done), done.result()
+
+
+def attempt(s: RunSpec, root: Path) -> str:
+    """Run one cell unless another worker does, or has: "computed", "elsewhere", or why it diverged."""
+    store = RunStore(root)
+    if s in store:
+        return "elsewhere"
+    try:
+        runs.run(s, store, wait=False)
+    except Timeout:
+        return "elsewhere"
+    except Diverged as e:
+        return str(e)
+    return "computed"
+
+
+@dataclass
+class Clock:
+    """How long the cells of a store took, and what is left."""
+
+    store: RunStore
+    seconds: dict[str, float] = field(default_factory=dict)  # by key
+    kinds: dict[tuple[str, str | None], list[float]] = field(default_factory=dict)
+
+    def note(self, s: RunSpec) -> None:
+        """Take in a finished cell; one that is not stored says nothing."""
+        if s in self.store and (found := self.store.load(s.key)) is not None:
+            self.seconds[s.key] = found.facts["seconds"]
+            self.kinds.setdefault((s.task, s.reading), []).append(found.facts["seconds"])
+
+    def left(self, missing: Sequence[Job], workers: int) -> str:
+        """ ", 3 h 20 min left with 2 workers", from cells of the same task and reading if any are there."""
+        if not missing or not self.seconds:
+            return ""
+        mean = lambda xs: sum(xs) / len(xs)
+        every = mean(list(self.seconds.values()))
+        kinds = {kind: mean(found) for kind, found in self.kinds.items()}
+        rest = sum(kinds.get((j.spec.task, j.spec.reading), every) for j in missing) / workers
+        hours, minutes = divmod(math.ceil(rest / 60), 60)
+        who = "1 worker" if workers == 1 else f"{workers} workers"
+        return f", {f'{hours} h ' if hours else ''}{minutes} min left with {who}"
+
+
+# -- again --------------------------------------------------------------------------------------
+
+# How far a metric may be from the stored one, in points, when a cell is computed again by one
+# thread on the same kind of processor with the same torch. Elsewhere kernels round otherwise.
+TOLERANCE = {"fp32": 0.0, "bf16": 0.5}
+
+
+def repeat(job: Job, study: Study, store: RunStore) -> tuple[pd.DataFrame, bool]:
+    """Compute a finished cell anew: (head, stored, again), and whether all are within `TOLERANCE`.
+
+    Stored is what the store holds, else what is committed in book/results; ValueError if neither
+    does. Nothing is written to either.
+    """
+    if (found := store.load(job.spec.key)) is not None:
+        stored = found.scores
+    elif (kept := committed(study).get(job.spec.key)) is not None:
+        stored = kept["scores"]
+    else:
+        raise ValueError(f"{job.name} is neither in {store.root} nor in book/results")
+    store.check()
+    runs.prepare([job.spec], store)
+    with tempfile.TemporaryDirectory() as folder:
+        again = runs.compute(job.spec, store, state=Path(folder) / "state.safetensors").scores
+    table = pd.DataFrame({"stored": stored, "again": again}).rename_axis("head").reset_index()
+    apart = (table["stored"] - table["again"]).abs()
+    return table, bool((apart <= TOLERANCE[job.spec.training.precision]).all())
