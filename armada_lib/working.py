@@ -139,7 +139,8 @@ def repeat(job: Job, study: Study, store: RunStore) -> tuple[pd.DataFrame, bool]
     elif (kept := committed(study).get(job.spec.key)) is not None:
         stored = kept["scores"]
     else:
-        raise ValueError(f"{job.name} is neither in {store.root} nor in book/results")
+        kept_in = f"book/results/{study.name}.jsonl"
+        raise ValueError(f"{job.name} is neither in {store.root} nor in {kept_in}")
     store.check()
     runs.prepare([job.spec], store)
     with tempfile.TemporaryDirectory() as folder:

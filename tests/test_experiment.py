@@ -168,7 +168,7 @@ def test_three_cells_computed_again_give_the_stored_metrics(tmp_path, capsys, pr
 
 
 def test_a_cell_that_comes_out_otherwise_is_told(own, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="neither in .* nor in small.jsonl"):
+    with pytest.raises(SystemExit, match="neither in .* nor in book/results/small.jsonl"):
         run(own, tmp_path / "s", "--repeat", "1")
     run(own, tmp_path / "s", "--cell", "1")
     run(own, tmp_path / "s", "--repeat", "1")
