@@ -22,7 +22,7 @@ def scoreboard(df: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     Three kinds of `row`: published (quoted by the paper), measured again (the same methods), and
     measured, ARMADA, with its controls. `df`: the frame of `report.table`; `published`: Table 7 or
     8. Published rows hold what the paper prints for the tasks of this run; it does not say on which
-    split. The kinds never mix.
+    split. The kinds never mix, and no mean leaves out a task.
     """
     found = report.arms(df)
     titles = list(dict.fromkeys(found["title"]))
@@ -47,7 +47,9 @@ def scoreboard(df: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
             s = stats.summary(g["score"])
             spread = f" ± {s.sd:.1f}" if s.n > 1 else ""
             row[str(t)] = f"{s.mean:.1f}".replace("-", "−") + spread
-        row["mean"] = f"{part.groupby('title')['score'].mean().mean():.1f}".replace("-", "−")
+        by_task = part.groupby("title")["score"].mean()
+        if len(by_task) == len(titles):  # means over other tasks would not be alike
+            row["mean"] = f"{by_task.mean():.1f}".replace("-", "−")
         rows.append(row)
     return pd.DataFrame(rows)[["method", "row", *titles, "mean"]].fillna("–")
 
@@ -64,7 +66,7 @@ def choices(tried: Iterable[Result | dict[str, Any]], settings: Sequence[str]) -
         name = NAMES.get(spec.method, spec.method)
         if spec.method == "armada":
             name += f" {report.LOSS.get(spec.manifold or '', '')}"
-        point = ", ".join(f"{f} {getattr(spec.training, f):g}" for f in settings)
+        point = ", ".join(f"{f.replace('_', ' ')} {getattr(spec.training, f):g}" for f in settings)
         rows.append({"method": name, "point": point, "score": scores["student"]})
     df = pd.DataFrame(rows)
     table = df.groupby(["method", "point"], sort=False)["score"].mean().unstack()

@@ -93,6 +93,11 @@ def test_quoted_and_run_rows_are_apart():
     }  # fmt: skip
     assert own.loc["KD", "CoLA"] == "51.0 ± 1.0" and own.loc["KD", "mean"] == "51.0"
     assert set(own.index) == {"undistilled", "KD", "DML", "ARMADA Euclid"}
+    some = frame(lambda k, s, m: 50 + s).query("method != 'kd' or task != 'cola'")
+    board = comparison.scoreboard(some, chapter.published(7))
+    own = board[board["row"] == "measured again"].set_index("method")
+    assert own.loc["KD", "mean"] == own.loc["KD", "CoLA"] == "–"  # no mean over other tasks
+    assert own.loc["DML", "mean"] == "51.0"
 
 
 def test_costs_are_relative_to_the_undistilled_student_of_the_same_task():
