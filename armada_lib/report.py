@@ -162,20 +162,19 @@ def scores(df: pd.DataFrame, published: pd.DataFrame | None = None) -> pd.DataFr
     }
     for (task, name), g in found.groupby(["task", "arm"], sort=False):
         r, s = g.iloc[0], stats.summary(g["score"])
-        printed, gain = _printed(published, r), ""
+        printed, gain = _printed(published, r), "–"
         if name in gains and task in gains[name].index:
             d = gains[name].loc[task]
             gain = signed(d["mean"]) + interval(d["low"], d["high"])
         spread = "" if s.n == 1 else f" ± {s.sd:.1f}"
-        share = g["collapsed"].mean()
         rows.append({
             "task": r["title"], "trained as": name,
             "published": printed[0], "published gain": printed[1],
             "measured": f"{s.mean:.1f}{spread}".replace("-", "−"), "seeds": s.n,
-            "measured gain": gain, "collapsed": f"{int(g['collapsed'].sum())} of {s.n}" if share else "",
+            "measured gain": gain, "collapsed": f"{int(g['collapsed'].sum())} of {s.n}",
         })  # fmt: skip
     out = pd.DataFrame(rows)
-    if not out["collapsed"].any():
+    if not found["collapsed"].any():
         out = out.drop(columns="collapsed")
     return out if published is not None else out.drop(columns=["published", "published gain"])
 
@@ -189,7 +188,7 @@ def _printed(published: pd.DataFrame | None, r: pd.Series) -> tuple[str, str]:
     ]
     base = rows[rows["method"] == "undistilled"]
     if r["method"] == "undistilled":
-        return (base["printed"].iloc[0], "") if len(base) else ("–", "")
+        return (base["printed"].iloc[0] if len(base) else "–"), "–"
     if r["method"] in BASELINES:
         own = rows[rows["method"] == BASELINES[r["method"]]]
         gain = (
