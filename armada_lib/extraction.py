@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from armada_lib import features, profiles, specs, tables, tasks, teachers
+from armada_lib import features, profiles, rowfile, specs, tables, tasks, teachers
 from armada_lib.batching import Encoded
 from armada_lib.methods import METHODS, READINGS
 from armada_lib.results import RunSpec, RunStore
@@ -260,6 +260,6 @@ def estimate(profile: str, teacher: str, texts: int) -> dict[str, int | None]:
                 found += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())  # noqa: SIM118
     size = 2 if specs.device().type == "cuda" else 4
     return {
-        "disk": texts * (who.width * 2 + features.KEY),
+        "disk": texts * (who.width * 2 + rowfile.KEY),
         "weights": found * size or None,
     }

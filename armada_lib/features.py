@@ -4,9 +4,7 @@
                          shards/*.rows   the vectors, in the order they were computed
                          views/*.rows    copies in the order a run reads them; may be deleted
 
-A `.rows` file is the raw matrix (rows, width), then a 16-byte key a row (sha256 of the text), then
-sizes and digests. It is written under another name, synced and renamed: complete or absent. The
-matrix comes first so that a mapping of the file is the matrix.
+`rowfile` has the format of the files.
 """
 
 from __future__ import annotations
@@ -15,10 +13,8 @@ import errno
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
-import struct
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,24 +26,17 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
+from armada_lib import rowfile
+from armada_lib.rowfile import DTYPES, KEY, RowFile, publish
+
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
-
-MAGIC, KEY, DTYPES = b"ARMADAv1", 16, ("float16", "float32")
-HEAD = struct.Struct("<8s8sQQ32s")  # magic, dtype, rows, width, sha256 of the matrix ...
-TAIL = HEAD.size + 32  # ... and the sha256 of keys and head
 SHARD_BYTES, SHARD_ROWS, SHARD_SECONDS = 4 << 20, 256, 30.0
-_checked: dict[str, tuple[int, ...]] = {}  # path -> state of the files this process read in full
 
 
 class MissingVectors(LookupError):
     """Texts that were not given to `fill` yet."""
-
-
-class _Damaged(Exception):
-    pass
 
 
 class Store:
@@ -72,8 +61,8 @@ class Store:
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
         self.folder, self.width, self.dtype = Path(root) / fingerprint, width, np.dtype(dtype)
+        self.files = RowFile(width, self.dtype)
         self.shards, self.views = self.folder / "shards", self.folder / "views"
-        self.row_bytes = width * self.dtype.itemsize
         self.meta = {**(meta or {}), "fingerprint": fingerprint, "width": width, "dtype": dtype}
         self._keys: dict[str, list[bytes]] = {}  # shard name -> its keys
         self._where: dict[bytes, tuple[str, int]] = {}  # key -> (shard name, row in it)
@@ -108,7 +97,7 @@ class Store:
         if not missing:
             return 0
         todo = dict(zip(_keys(missing), missing, strict=True))
-        limit = shard_rows or max(1, min(SHARD_ROWS, SHARD_BYTES // self.row_bytes))
+        limit = shard_rows or max(1, min(SHARD_ROWS, SHARD_BYTES // self.files.row_bytes))
         size, computed = min(limit, 4), 0
         self._prepare()
         with tqdm(total=len(todo), desc="vectors", unit="text", disable=not progress) as bar:
@@ -125,7 +114,7 @@ class Store:
                         vectors = self._validated(encode(batch), batch, new)
                         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"  # by name is by age
                         path = self.shards / f"{name}.rows"
-                        self._write(path, path.with_suffix(".tmp"), keys, [vectors])
+                        self.files.write(path, path.with_suffix(".tmp"), keys, [vectors])
                 if keys:
                     computed += len(keys)
                     pace = SHARD_SECONDS / max(time.monotonic() - began, 1e-9)
@@ -152,22 +141,22 @@ class Store:
 
         keys = _keys(texts)
         path = self.views / (hashlib.sha256(b"".join(keys)).hexdigest()[:32] + ".rows")
-        if self._sound(path) is None:
+        if self.files.keys(path) is None:
             places = self._found(texts)
             self._prepare()
             with FileLock(self.folder / "views.lock"):  # a second process waits and finds it
-                if self._sound(path) is None:
-                    step = max(1, SHARD_BYTES // self.row_bytes)
+                if self.files.keys(path) is None:
+                    step = max(1, SHARD_BYTES // self.files.row_bytes)
                     parts = (places[i : i + step] for i in range(0, len(places), step))
                     # One writer at a time: what a killed one left is overwritten by the next.
-                    self._write(path, self.views / "next.tmp", keys, map(self._copy, parts))
+                    self.files.write(path, self.views / "next.tmp", keys, map(self._copy, parts))
         size, kind = len(keys) * self.width, getattr(torch, self.dtype.name)
         return torch.from_file(str(path), False, size, dtype=kind).view(len(keys), self.width)
 
     def verify(self) -> list[str]:
         """Read every shard and view against its digests; returns the damaged ones, set aside."""
-        _checked.clear()
-        return [str(p) for p in sorted(self.folder.glob("*/*.rows")) if self._sound(p) is None]
+        rowfile.forget()
+        return [str(p) for p in sorted(self.folder.glob("*/*.rows")) if self.files.keys(p) is None]
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -180,7 +169,7 @@ class Store:
                     left.unlink()
         text = json.dumps(self.meta, indent=1, sort_keys=True) + "\n"
         temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
-        _publish(self.folder / "meta.json", temporary, [text.encode()], len(text))
+        publish(self.folder / "meta.json", temporary, [text.encode()], len(text))
 
     @contextmanager
     def _claim(self, order: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
@@ -223,21 +212,6 @@ class Store:
             raise ValueError(f"the teacher gives the same vector for all of {len(out)} texts")
         return out
 
-    def _write(
-        self, path: Path, temporary: Path, keys: list[bytes], blocks: Iterable[np.ndarray]
-    ) -> None:
-        def parts() -> Iterator[Any]:
-            digest = hashlib.sha256()
-            for block in blocks:
-                raw = block.data.cast("B")
-                digest.update(raw)
-                yield raw
-            head = (MAGIC, self.dtype.name.encode(), len(keys), self.width, digest.digest())
-            end = b"".join(keys) + HEAD.pack(*head)
-            yield end + hashlib.sha256(end).digest()
-
-        _publish(path, temporary, parts(), len(keys) * (self.row_bytes + KEY) + TAIL)
-
     # -- reading -------------------------------------------------------------------------------
 
     def _found(self, texts: Sequence[str]) -> list[tuple[str, int]]:
@@ -256,7 +230,7 @@ class Store:
             self._scan()
             places = [self._where.get(k) for k in keys]
             touched = {p[0] for p in places if p}
-            bad = {n for n in touched if self._sound(self.shards / n) is None}
+            bad = {n for n in touched if self.files.keys(self.shards / n) is None}
             if not bad:
                 return places
             self._bad |= bad
@@ -280,7 +254,7 @@ class Store:
         if self._keys.keys() - names:
             self._keys, self._where = {}, {}
         for name in sorted(names - self._keys.keys()):
-            keys = self._sound(self.shards / name, matrix=False)
+            keys = self.files.keys(self.shards / name, matrix=False)
             if keys is None:
                 self._bad.add(name)
                 continue
@@ -288,53 +262,6 @@ class Store:
             for row, key in enumerate(keys):
                 if self._where.setdefault(key, (name, row))[0] > name:
                     self._where[key] = (name, row)
-
-    def _sound(self, path: Path, matrix: bool = True) -> list[bytes] | None:
-        """The keys of a `.rows` file, or None if it is absent or damaged (then it is set aside).
-
-        Its matrix is read once per process; `matrix=False` leaves that for later.
-        """
-        try:
-            with path.open("rb") as f:
-                return self._check(path, f, matrix)
-        except FileNotFoundError:  # never there, or set aside by another process
-            return None
-        except _Damaged as e:
-            log.warning("%s is damaged (%s): set aside, to be computed again", path, e)
-            with suppress(OSError):  # a store that may only be read: not using it is enough
-                path.replace(path.with_suffix(".damaged"))
-            return None
-
-    def _check(self, path: Path, f: Any, matrix: bool) -> list[bytes]:
-        stat = os.fstat(f.fileno())
-        size, state = stat.st_size, (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        f.seek(max(0, size - TAIL))
-        tail = f.read()
-        if len(tail) != TAIL or not tail.startswith(MAGIC):
-            raise _Damaged("cut short")
-        _, kind, rows, width, digest = HEAD.unpack(tail[: HEAD.size])
-        f.seek(max(0, size - TAIL - rows * KEY))
-        keys = f.read(min(rows * KEY, size))
-        if hashlib.sha256(keys + tail[: HEAD.size]).digest() != tail[HEAD.size :]:
-            raise _Damaged("keys or sizes do not match their checksum")
-        dtype = kind.rstrip(b"\0").decode()
-        if (width, dtype) != (self.width, self.dtype.name):
-            raise ValueError(
-                f"{self.folder} holds {dtype} vectors, {width} wide; "
-                f"asked for {self.dtype}, {self.width} wide"
-            )
-        if size != rows * (self.row_bytes + KEY) + TAIL:
-            raise _Damaged(f"{size:,} bytes do not fit {rows:,} rows")
-        if matrix and _checked.get(str(path)) != state:
-            left, found = rows * self.row_bytes, hashlib.sha256()
-            f.seek(0)
-            while left and (block := f.read(min(left, 1 << 20))):
-                found.update(block)
-                left -= len(block)
-            if found.digest() != digest:
-                raise _Damaged("its data do not match their checksum")
-            _checked[str(path)] = state
-        return [keys[i : i + KEY] for i in range(0, len(keys), KEY)]
 
 
 def moments(matrix: Any, chunk_bytes: int = 8 << 20) -> tuple[np.ndarray, np.ndarray]:
@@ -366,24 +293,3 @@ def _keys(texts: Sequence[str]) -> list[bytes]:
         if not isinstance(t, str) or not t.strip():
             raise ValueError(f"text {i} of {len(texts)} is {t!r}: a teacher needs words")
     return [hashlib.sha256(t.encode()).digest()[:KEY] for t in texts]
-
-
-def _publish(path: Path, temporary: Path, parts: Iterable[Any], need: int) -> None:
-    """Write, sync, rename, sync the folder; if anything fails, nothing of it is left."""
-    try:
-        with temporary.open("wb") as f:
-            for part in parts:
-                f.write(part)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except BaseException as e:
-        with suppress(OSError):
-            temporary.unlink()
-        if not isinstance(e, OSError):
-            raise
-        why = f"{path.parent} cannot be written to: {e.strerror or e} ({need:,} bytes needed)"
-        raise OSError(e.errno, why) from e

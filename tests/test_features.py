@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from armada_lib import features
+from armada_lib import features, rowfile
 from armada_lib.features import MissingVectors, Store, moments
 
 WIDTH = 64
@@ -221,7 +221,7 @@ def test_the_older_shard_wins_whatever_is_read_first(store, tmp_path):
     for name, value in (("2", 2.0), ("1", 1.0)):
         vectors = np.full((1, WIDTH), value, np.float16)
         path = store.folder / "shards" / f"{name}.rows"
-        store._write(path, path.with_suffix(".tmp"), key, [vectors])
+        store.files.write(path, path.with_suffix(".tmp"), key, [vectors])
         assert store.gather(["twice"])[0, 0] == value
     assert Store(tmp_path, "teacher", WIDTH).gather(["twice"])[0, 0] == 1
 
@@ -284,9 +284,9 @@ def damage(path, how):
     elif how == "hole":  # sizes in the header no longer fit the file
         raw = raw[:100] + raw[200:]
     else:
-        data = size - features.TAIL - 20 * features.KEY
+        data = size - rowfile.TAIL - 20 * rowfile.KEY
         at = {"data": 11, "last byte of data": data - 1, "keys": data + 5}
-        at |= {"magic": size - features.TAIL, "rows": size - features.TAIL + 16, "digest": size - 1}
+        at |= {"magic": size - rowfile.TAIL, "rows": size - rowfile.TAIL + 16, "digest": size - 1}
         raw[at[how]] ^= 4
     path.write_bytes(raw)
 
@@ -531,7 +531,7 @@ def test_a_full_disk_says_what_is_needed_and_leaves_nothing_wrong(store, tmp_pat
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(fd)
 
-    need = 4 * (WIDTH * 2 + features.KEY) + features.TAIL
+    need = 4 * (WIDTH * 2 + rowfile.KEY) + rowfile.TAIL
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", full)
         with pytest.raises(OSError, match=rf"shards .*No space left.*\({need} bytes") as e:
