@@ -153,13 +153,17 @@ def test_links_to_terms_carry_their_meaning():
     item = nodes.definition_list_item("", nodes.term(ids=["term-run"]), nodes.definition())
     item[1] += nodes.paragraph("", "One student,\ntrained once.")
     doctree += terms.addnodes.glossary("", nodes.definition_list("", item))
+    doctree += nodes.table("", nodes.title("", "Scores\nby task"), ids=["scores"])
+    doctree += nodes.figure("", nodes.caption("", "Gains"), ids=["gains", "id1"])
     app = types.SimpleNamespace(env=types.SimpleNamespace())
     terms.collect(app, doctree)
     links = [nodes.reference(refuri=f"notation.html#{name}") for name in ("term-run", "symbols")]
+    here = [nodes.reference(refid=name) for name in ("scores", "gains")]
     other = nodes.document(None, None)  # type: ignore[arg-type]
-    other += links
+    other += [*links, *here]
     terms.explain(app, other, "intro")
     assert links[0]["reftitle"] == "One student, trained once." and "reftitle" not in links[1]
+    assert [link["reftitle"] for link in here] == ["Scores by task", "Gains"]
 
 
 @pytest.mark.parametrize("address", ["", "https://github.com/owner/name"])

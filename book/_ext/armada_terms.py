@@ -1,6 +1,6 @@
-"""Links to a term of the glossary say what it means when the pointer rests on them.
+"""Links to a term, a table or a figure say what it means or shows when the pointer rests on them.
 
-The meaning is the link's `title`, which every browser shows: no script, nothing fetched.
+It is the link's `title`, which every browser shows: no script, nothing fetched.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from sphinx import addnodes
 
 
 def collect(app: Any, doctree: nodes.document) -> None:
-    """Keep the first sentence of each definition of the page that holds the glossary."""
+    """Keep the definitions of the page that holds the glossary, and captions of tables and figures."""
     known = app.env.__dict__.setdefault("armada_terms", {})
+    for kind, head in ((nodes.table, nodes.title), (nodes.figure, nodes.caption)):
+        for thing in doctree.findall(kind):
+            for caption in list(thing.findall(head))[:1]:
+                known |= dict.fromkeys(thing["ids"], " ".join(caption.astext().split()))
     for item in doctree.findall(nodes.definition_list_item):
         if isinstance(item.parent.parent, addnodes.glossary):
             text = next(iter(item.findall(nodes.definition))).astext()
@@ -22,7 +26,7 @@ def collect(app: Any, doctree: nodes.document) -> None:
 
 
 def explain(app: Any, doctree: nodes.document, docname: str) -> None:
-    """Give links to terms their meaning."""
+    """Give links to terms their meaning, and links to tables and figures the caption."""
     known = getattr(app.env, "armada_terms", {})
     for link in doctree.findall(nodes.reference):
         name = link.get("refid") or link.get("refuri", "").partition("#")[2]
