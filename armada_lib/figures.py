@@ -173,8 +173,8 @@ def gains(
 def ranks(df: pd.DataFrame, ours: str = "ARMADA") -> Figure:
     """Average rank a method, 1 best, with its bootstrap interval and the critical difference.
 
-    `df` as of `comparison.ranks`. The band begins at the best rank: what ends in it does not differ
-    from the best at 5 %. Methods whose name begins with `ours` are filled.
+    `df` as of `comparison.ranks`. The band begins at the best rank: a rank inside it does not
+    differ from the best at 5 %. Methods whose name begins with `ours` are filled.
     """
     _need(df, ["arm", "rank", "low", "high", "n", "critical"])
     style()

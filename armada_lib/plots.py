@@ -34,10 +34,11 @@ def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour and marker of each name, in the order given; every name keeps its own in all panels.
 
-    The undistilled student is grey, so that the others look the same where it is not shown.
+    The undistilled student is grey and ARMADA comes first, so that they look the same in every figure.
     """
     palette = safe_colours()
     others = [n for n in names if n != "undistilled"]
+    others.sort(key=lambda n: not n.startswith("ARMADA"))
     return {"undistilled": {"color": "0.35", "marker": "d"}} | {
         name: {"color": palette[i % len(palette)], "marker": METHOD_MARKERS[i % len(METHOD_MARKERS)]}
         for i, name in enumerate(others)
