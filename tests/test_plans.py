@@ -197,7 +197,7 @@ def test_every_method_chooses_from_the_same_grid_on_held_out_training_rows(gridd
     shown = comparison.choices(found, plan.varied)
     assert list(shown["method"]) == ["undistilled", "KD", "ARMADA cosine"]
     assert list(shown["student lr 0.0003"]) == [1.0, 2.0, 1.0]
-    assert list(shown["chosen"]) == [f"student_lr {x}" for x in ("0.0001", "0.0003", "0.0001")]
+    assert list(shown["chosen"]) == [f"student lr {x}" for x in ("0.0001", "0.0003", "0.0001")]
 
 
 def test_a_grid_may_look_at_some_of_the_tasks(gridded):
