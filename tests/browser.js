@@ -62,7 +62,9 @@ window.checks = (() => {
         const number = caption.querySelector(".caption-number");
         if (!number) continue;
         const owner = caption.closest("table, figure");
-        const body = owner.querySelector("tr, img, svg, pre")?.getBoundingClientRect();
+        // a formula in a caption is an image, too
+        const inside = [...owner.querySelectorAll("tr, img, svg, pre")];
+        const body = inside.find((e) => !caption.contains(e))?.getBoundingClientRect();
         const own = caption.getBoundingClientRect();
         if (!body) faults.push(`nothing under a caption: ${number.textContent}`);
         else if (own.bottom > body.top + 1) {
