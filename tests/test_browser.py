@@ -260,7 +260,8 @@ def test_formulas_are_set_without_a_server(tab, pages, faults):
 GOOD = """<!DOCTYPE html><html lang="en"><link rel="icon" href="data:,"><title>t</title><main>
 <h1>One</h1><p>Dark on white, <a href="#a" style="color: #00c">a link</a>.</p>
 <img alt="a dot" src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=">
-<table><caption><span class="caption-number">Table 1</span></caption><tr><td>1</td></tr></table>
+<table><caption><span class="caption-number">Table 1</span> <svg width="9" height="9"></svg></caption>
+<tr><td>1</td></tr></table>
 </main></html>"""
 BAD = {
     "2 headings of the first level": ("</h1>", "</h1><h1>Two</h1>"),
