@@ -95,7 +95,7 @@ def table(
 
 def _cell(value: Any, column: str, fmt: str | Mapping[str, str]) -> str:
     if isinstance(value, str):
-        return re.sub(r"(?<![\w.)-])-(?=\.?\d)", "−", value)
+        return re.sub(r"(?<![\w.)-])-(?=\.?\d)", "−", value)  # a true minus sign
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return "–"
     if isinstance(value, int | np.integer) and abs(int(value)) >= 10_000:
