@@ -74,14 +74,13 @@ book: $(READY)  ## build the book from a clean tree into _build/html
 	@touch _build/.complete
 	@echo "==> open _build/html/index.html"
 
-# One page of the whole book, from what `make book` has read and run: its links count from its own folder,
-# and what is folded on the screen is open on paper.
+# One page of the whole book, from what `make book` has read and run: its links count from its own folder.
 pdf: $(READY)  ## print the built book into _build/book.pdf, with Chromium and without TeX
 	@test -f _build/.complete || { echo "no finished book in _build: make book comes first"; exit 1; }
 	@command -v $(BROWSER) >/dev/null || { \
 	  echo "Chromium not found as '$(BROWSER)'; name another: make pdf BROWSER=google-chrome"; exit 1; }
 	$(BIN)/jupyter-book build . --builder singlehtml
-	sed 's/<details /<details open /' _build/singlehtml/book/intro.html > _build/singlehtml/book.html
+	cp _build/singlehtml/book/intro.html _build/singlehtml/book.html
 	$(BROWSER) --headless --disable-gpu --disable-background-networking --host-resolver-rules="MAP * ~NOTFOUND" \
 	  $(if $(filter 0,$(shell id -u)),--no-sandbox) --virtual-time-budget=120000 --no-pdf-header-footer \
 	  --print-to-pdf=_build/book.pdf "file://$(CURDIR)/_build/singlehtml/book.html"

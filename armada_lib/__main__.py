@@ -138,7 +138,7 @@ def _study(given: argparse.Namespace) -> None:
     if given.stage is not None:
         profiles.check(given.stage, [s.name for s in study.stages], "stage")
         found = [j for j in found if j.cell.stage == given.stage]
-    kept = set() if given.all else experiment.committed(study)
+    kept = {} if given.all else experiment.committed(study)
     lacking = [j for j in found if j.spec not in store]
     states = {j.number: "committed" if j.spec.key in kept else "missing" for j in lacking}
     if given.list:

@@ -11,16 +11,21 @@ from pydantic import Field
 from armada_lib.settings import Amount, Loss, Strict
 
 
-class Nlu(Strict):
-    """What the NLU chapter runs when it is not told otherwise."""
+class _Compared(Strict):
+    """What every chapter names that sets ARMADA beside its controls."""
 
     student: str
-    tasks: list[str]
     methods: list[str]
     manifolds: list[Loss]
     controls: list[Loss] = ["euclid"]  # the manifold losses that the controls use
-    readings: list[Literal["paper", "released"]]
     seeds: list[int]
+
+
+class Nlu(_Compared):
+    """What the NLU chapter runs when it is not told otherwise."""
+
+    tasks: list[str]
+    readings: list[Literal["paper", "released"]]
 
 
 class Share(Strict):
@@ -70,32 +75,22 @@ class Baselines(Strict):
     multimodal: Pictured | None = None
 
 
-class Tuning(Strict):
+class Tuning(_Compared):
     """What a chapter on students that generate runs when it is not told otherwise.
 
     `mentor`: the name of the student that writes the responses of SeqKD.
     """
 
-    student: str
     mentor: str | None = None
     suites: list[str]
     teachers: list[str]
-    methods: list[str]
-    manifolds: list[Loss]
-    controls: list[Loss] = ["euclid"]  # the manifold losses that the controls use
-    seeds: list[int]
 
 
-class Multimodal(Strict):
+class Multimodal(_Compared):
     """What the chapter on MM-IMDb runs when it is not told otherwise."""
 
-    student: str
     teacher: str
-    methods: list[str]
-    manifolds: list[Loss]
-    controls: list[Loss] = ["euclid"]  # the manifold losses that the controls use
     readings: list[Literal["paper", "released"]]
-    seeds: list[int]
 
 
 class TuningGrid(Strict):

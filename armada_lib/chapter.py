@@ -71,6 +71,7 @@ def table(
         raise ValueError(f"table {name!r}: say its origin, one of {', '.join(known)}")
     check(origin or "row", known, "origin")
     said = f"[{origin}]{{.{origin}}} " if origin in ORIGINS else ""
+    plain = f"{origin}: {caption}" if said else caption
     body = [[_cell(v, c, fmt) for c, v in zip(columns, row, strict=True)]
             for row in df.itertuples(index=False)]  # fmt: skip
     right = [_figures([row[j] for row in body]) for j in range(len(columns))]
@@ -88,8 +89,8 @@ def table(
     rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     _show(
         f":::{{table}} {said}{caption}\n:name: {name}\n\n{rows}\n:::",
-        _html_table(columns, body, right, better, f"{origin}: {caption}" if said else caption),
-        f"{f'{origin}: ' if said else ''}{caption}\n{pd.DataFrame(body, columns=columns).to_string(index=False)}",
+        _html_table(columns, body, right, better, plain),
+        f"{plain}\n{pd.DataFrame(body, columns=columns).to_string(index=False)}",
     )
 
 

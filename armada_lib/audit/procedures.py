@@ -227,7 +227,7 @@ def rules_side_by_side() -> tuple[pd.DataFrame, set[tuple[int, str]]]:
         rows.append({
             "student": student, "tables": " and ".join(map(str, numbered)),
             "tasks": top["task"].nunique(), "published": said, **averages,
-            "best without": f"{rest:.{DECIMALS}f} ({task})".replace("-", "−", 1), "p of the best": t.p,
+            "best without": f"{rest:.{DECIMALS}f}".replace("-", "−") + f" ({task})", "p of the best": t.p,
         })  # fmt: skip
     return pd.DataFrame(rows), marks
 

@@ -10,7 +10,7 @@ import pandas as pd
 from armada_lib import chapter, contrasts, figures, plots_study, profiles, report
 from armada_lib.contrasts import HARMS, MATTERS, MIXED, NOT, OPEN, Contrast
 from armada_lib.files import write_text
-from armada_lib.plans.common import digest, played
+from armada_lib.plans.common import digest, played, seeds_fact
 from armada_lib.plans.study import GROUPS, OVER, PRIMARY, Pair, Studied
 
 HEAD = {
@@ -221,7 +221,7 @@ def run_line(p: Studied) -> None:
         "teacher": [played(profile.teacher(t)) for t in p.seen],
         "cells": f"{len(made):,} of {len(p.cells):,}",
         "digest of the cells": digest(r["spec"] for r in made),
-        "seeds": sorted({s for t in p.study.tasks.values() for s in t.seeds}),
+        **seeds_fact(s for t in p.study.tasks.values() for s in t.seeds),
         "precision": sorted({r["spec"].training.precision for r in made}) or None,
         "processor": sorted({e["gpu"] or e["cpu"] for e in environments}) or None,
         "torch": sorted({e["torch"] for e in environments}) or None,
