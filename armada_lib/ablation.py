@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from armada_lib import gentasks, profiles, report, specs, stats
+from armada_lib import gentasks, profiles, report, run_data, stats
 from armada_lib.methods import METHODS
 from armada_lib.profiles import check
 from armada_lib.results import Result, RunSpec
@@ -76,7 +76,7 @@ def changes(s: RunSpec) -> dict[str, Any]:
     """
     p = profiles.load(s.profile)
     generates = s.task in gentasks.SUITES
-    group = (gentasks.TASKS[s.task] if generates else specs.task_of(p, s.task)).group
+    group = (gentasks.TASKS[s.task] if generates else run_data.task_of(p, s.task)).group
     usual = p.recipe(group, s.task, s.student)
     given = s.training.model_dump()
     found = {f: v for f, v in given.items() if f != "precision" and v != getattr(usual, f)}

@@ -18,7 +18,7 @@ from armada_lib import dynamics, gentasks, geometry, report
 from armada_lib.frames import Frames
 from armada_lib.probes import Probe, sample
 from armada_lib.results import Result
-from armada_lib.specs import examples as examples_of
+from armada_lib.run_data import examples as examples_of
 
 UNDISTILLED, AGAIN = "undistilled", "undistilled, another seed"
 MOST = 300  # texts of a map, chosen as `probes.sample` chooses

@@ -47,12 +47,17 @@ class Packing:
         return [g.tokens for g in self.groups]
 
     def to(self, device: torch.device) -> Packing:
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)
+        move = lambda x: None if x is None else _sent(x, device)
         groups = [
             Group(g.count, g.longest, g.tokens, move(g.slots), move(g.mask)) for g in self.groups
         ]
         maps = (self.first, self.last, self.text, self.order)
-        return Packing(groups, *(m.to(device) for m in maps))
+        return Packing(groups, *(_sent(m, device) for m in maps))
+
+
+def _sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; to a GPU from pinned memory, or the host would wait for each copy."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def pack(lengths: np.ndarray, groups: int = GROUPS) -> Packing:
@@ -185,9 +190,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        move = lambda v: (
-            v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v.to(device)
-        )
+        move = lambda v: _sent(v, device) if isinstance(v, torch.Tensor) else v.to(device)
         return Batch(
             {k: move(v) for k, v in self.inputs.items()}, move(self.labels),
             None if self.teacher is None else move(self.teacher), self.rows,

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 import yaml
 
-from armada_lib import own, profiles, runs, specs
+from armada_lib import own, profiles, quiet, run_data, runs
 from armada_lib.files import write_text
 from armada_lib.own import Project
 from armada_lib.results import Result, RunStore
-from armada_lib.students import quiet
 
 WEIGHTS, ABOUT = "model.safetensors", "run.json"  # the checkpoint, and which run it is
 AGREE = 0.98  # of predictions; training may be in bf16, the plain checkpoint predicts in fp32
@@ -42,7 +41,7 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         new = Path(beside) / "student"
-        with quiet():
+        with quiet.libraries():
             runs.trained_student(s, store).save_pretrained(new)
             share = agreement(new, p, stored)
         if share < AGREE:
@@ -83,7 +82,7 @@ def agreement(folder: str | Path, p: Project, stored: Result) -> float:
     # transformers' modelling code takes seconds to import, and a kept export does not need it
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    held = specs.examples(stored.spec)[1]
+    held = run_data.examples(stored.spec)[1]
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     longest = stored.spec.training.max_length
@@ -106,7 +105,7 @@ def agreement(folder: str | Path, p: Project, stored: Result) -> float:
 def card(p: Project, found: Sequence[Result], share: float) -> str:
     """The model card: what it is, what it scored beside its controls, how to load it, what it is not."""
     s = p.best
-    train, held = specs.examples(s)
+    train, held = run_data.examples(s)
     task, who, taught = held.task, p.profile.student(s.student), p.profile.teacher(str(s.teacher))
     about = {"library_name": "transformers", "pipeline_tag": "text-classification",
              "tags": ["cross-modal-distillation", "armada"]}  # fmt: skip

@@ -20,10 +20,11 @@ import transformers
 from filelock import FileLock
 from torch import nn
 
-from armada_lib import profiles
+from armada_lib import profiles, quiet
 from armada_lib.batching import packed
+from armada_lib.families import Family, text_mean
 from armada_lib.profiles import StudentSpec
-from armada_lib.students import Family, Student, StudentOutput, quiet, text_mean
+from armada_lib.students import Student, StudentOutput
 
 # Families whose attention goes through transformers' interface and is given the batch's packing.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "opt")
@@ -123,7 +124,7 @@ def load(
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16
         )
-    with quiet():
+    with quiet.libraries():
         base = transformers.AutoModelForCausalLM.from_pretrained(
             where,
             revision=spec.revision,
@@ -179,7 +180,7 @@ def checkpoint(spec: StudentSpec) -> str:
 def _unpack(folder: Path, file: str, home: Path) -> None:
     """A model read from GGUF refuses to be saved: it is built again from its configuration."""
     # transformers' bar for GGUF heeds no setting: it would stand in the middle of a page
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+    with quiet.libraries(), contextlib.redirect_stderr(io.StringIO()):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
         read = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file, dtype=torch.float32

@@ -12,7 +12,7 @@ from armada_lib import profiles, students
 from armada_lib.batching import Encoded
 from armada_lib.methods import METHODS
 from armada_lib.results import RunSpec
-from armada_lib.specs import examples
+from armada_lib.run_data import examples
 from armada_lib.students import Student
 
 log = logging.getLogger(__name__)

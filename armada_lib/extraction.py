@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from armada_lib import features, profiles, rowfile, specs, tables, tasks, teachers
+from armada_lib import features, profiles, rowfile, run_data, specs, tables, tasks, teachers
 from armada_lib.batching import Encoded
 from armada_lib.methods import METHODS, READINGS
 from armada_lib.results import RunSpec, RunStore
@@ -40,7 +40,7 @@ def extract(
     for s in wanted:
         if s.teacher and not _noise(s):
             texts = found.setdefault((s.profile, s.teacher), {})
-            texts.update(dict.fromkeys(specs.teacher_texts(s)))
+            texts.update(dict.fromkeys(run_data.teacher_texts(s)))
     return sum(fill(p, t, list(texts), store, workers, progress) for (p, t), texts in found.items())
 
 
@@ -225,7 +225,7 @@ def read(sources: Iterable[str], profile: str) -> list[str]:
             continue
         if source not in tasks.TASKS and ("/" in source or path.exists()):
             raise ValueError(f"{source}: a file of texts ends in {', '.join(FILES)}")
-        for e in specs.examples(specs.spec(profile, source, "undistilled")):
+        for e in run_data.examples(specs.spec(profile, source, "undistilled")):
             found.update(dict.fromkeys(e.teacher_texts))
     return list(found)
 

@@ -149,7 +149,7 @@ def loss_table(
     names = [m for m in report.LOSS if m in own.groups]
     return pd.DataFrame({
         "loss": [report.LOSS[m] for m in names],
-        "published in the text": [said.get(m, "–").replace("-", "−") for m in names],
+        "published in the text": [said.get(m, "–") for m in names],
         "published in the table": table.agg(statistic).reindex(names).to_numpy(),
         f"measured {statistic}": own.agg(statistic).reindex(names).to_numpy(),
         "measured cells": own.size().reindex(names).to_numpy(),

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from armada_lib import encoding, specs
+from armada_lib import encoding, run_data, specs
 from armada_lib.batching import Batch, Encoded
 from armada_lib.evaluation import EVAL_BATCH
 from armada_lib.extraction import every
@@ -82,7 +82,7 @@ class Stored:
         if student.regression:
             student.centre(float(self.data.labels.mean()))
         elif student.multilabel:
-            student.centre(specs.examples(self.spec)[0].start)
+            student.centre(run_data.examples(self.spec)[0].start)
         return student
 
     def tuned(self) -> Student:

@@ -20,7 +20,17 @@ import pandas as pd
 import transformers
 import yaml
 
-from armada_lib import contrasts, extraction, profiles, report, runs, specs, students, tables
+from armada_lib import (
+    contrasts,
+    extraction,
+    families,
+    profiles,
+    report,
+    run_data,
+    runs,
+    specs,
+    tables,
+)
 from armada_lib import tasks as task_table
 from armada_lib.contrasts import Contrast
 from armada_lib.files import write_text
@@ -80,7 +90,7 @@ def project(
     and highest of a score. Without `validation`, another such table, a quarter of the rows is held
     out. `student`: a student of the profile `like`, or a hub id or folder of a classifier that
     `students` can take apart. `teacher`: a teacher of that profile, or the settings of one
-    (`settings.TeacherSpec`). `seeds`: by default the profile's. `training`: any field of
+    (`teacher_settings.TeacherSpec`). `seeds`: by default the profile's. `training`: any field of
     `settings.Training`.
 
     Raises one clear error (ValueError, FileNotFoundError) for whatever is wrong, before any work.
@@ -115,7 +125,7 @@ def project(
         where = transformers.AutoConfig.from_pretrained(
             profiles.resolve(who.checkpoint), revision=who.revision
         )
-        check(where.model_type, students.FAMILIES, f"architecture of student {who.checkpoint}")
+        check(where.model_type, families.FAMILIES, f"architecture of student {who.checkpoint}")
     found = specs.grid(
         name, [name], METHODS, [manifold], seeds=list(seeds or base.own_seeds), controls=[manifold], student=who.name,
         teacher=teacher,
@@ -187,7 +197,7 @@ def cost(p: Project, store: RunStore | None = None, trial: int = 4) -> pd.DataFr
     store = store or RunStore()
     taught = p.best
     who = p.profile.teacher(str(taught.teacher))
-    texts = list(dict.fromkeys(specs.teacher_texts(taught)))
+    texts = list(dict.fromkeys(run_data.teacher_texts(taught)))
     missing = extraction.feature_store(p.name, who.name, store).missing(texts)
     asked = getattr(who, "source", None) == "api"
     each = math.nan
@@ -219,7 +229,7 @@ def _minutes(p: Project, store: RunStore, trial: int) -> float:
         )
     done = tried.facts
     step = done["train_seconds"] / done["steps"]
-    steps = math.ceil(len(specs.examples(first)[0]) / first.training.batch_size)
+    steps = math.ceil(len(run_data.examples(first)[0]) / first.training.batch_size)
     return (done["seconds"] - done["train_seconds"] + step * steps * first.training.epochs) / 60
 
 

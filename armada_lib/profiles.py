@@ -24,12 +24,12 @@ from armada_lib.settings import (
     OwnTask,
     Strict,
     StudentSpec,
-    TeacherSpec,
     Training,
     Unknown,
     Weights,
     check,
 )
+from armada_lib.teacher_settings import TeacherSpec
 
 __all__ = ["MANIFOLDS", "READINGS", "StudentSpec", "TeacherSpec", "Training", "Unknown", "check"]
 

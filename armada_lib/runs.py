@@ -20,7 +20,7 @@ from armada_lib.extraction import attach, every, extract, pool
 from armada_lib.gentasks import SUITES
 from armada_lib.methods import METHODS, Setting
 from armada_lib.results import Result, RunSpec, RunStore, environment, peak_memory
-from armada_lib.specs import examples
+from armada_lib.run_data import examples
 
 # -- one run -----------------------------------------------------------------------------------
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from armada_lib import engine, gentasks, profiles, teachers
-from armada_lib import tasks as task_table
 from armada_lib.blocks import Baselines, Pictured
 from armada_lib.methods import GENERATING, METHODS, MULTIMODAL, READINGS
 from armada_lib.methods.layers import WATCHED
 from armada_lib.profiles import MANIFOLDS, Profile, StudentSpec, TeacherSpec, Training
 from armada_lib.results import RunSpec
-from armada_lib.settings import OwnTask
+from armada_lib.run_data import read, suite_of, task_of
 
 # What a mentor's fine-tuning takes from its student's settings: the data and the budget. Its learning
 # rate is the profile's own for it, so that a search over the student's leaves one mentor a task.
@@ -104,9 +101,9 @@ def spec(
         if who.lora is None:
             able = [n for n, x in p.students.items() if x.lora]
             raise ValueError(f"student {student!r} does not generate; of profile {profile}: {able}")
-        data_id = _suite(task, p.data, t.train_size, t.test_size).digest
+        data_id = suite_of(task, p.data, t.train_size, t.test_size).digest
     else:
-        train, evaluation_ = _read(p, task, t)
+        train, evaluation_ = read(p, task, t)
         data_id = f"{train.digest}/{evaluation_.digest}"
     student_id = _student(who)
     teacher_id = teachers.fingerprint(taught, device().type) if taught else None
@@ -301,57 +298,3 @@ def need_gpu(p: Profile) -> None:
 def device() -> torch.device:
     """The first GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def tasks_of(p: Profile) -> list[str]:
-    """The names of the tasks that a profile can run: the paper's and its own."""
-    return [*task_table.TASKS, *p.tasks]
-
-
-def task_of(p: Profile, name: str) -> task_table.Task:
-    """A task of the paper or of the profile, or `profiles.Unknown` listing both."""
-    return task_table.get(profiles.check(name, tasks_of(p), "task"), own=p.tasks.get(name))
-
-
-def _read(p: Profile, task: str, t: Training) -> Any:
-    own, stamps = p.tasks.get(task), []
-    for path in filter(None, (own.train, own.validation) if own else ()):
-        with contextlib.suppress(OSError):  # whoever reads it says what is wrong
-            stamps.append(os.stat(path).st_mtime_ns)
-    return _examples(
-        task, p.data, t.train_size, t.eval_size, t.split, t.copa, own, tuple(stamps)
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=32)
-def _examples(
-    task: str, data: str, train: int | None, n: int | None, split: str, copa: str,
-    own: OwnTask | None, stamps: tuple[int, ...],
-) -> Any:  # fmt: skip
-    # `stamps`: a table of one's own may be mended while a notebook is open
-    return task_table.splits(task, data, train, n, split, copa, own)
-
-
-@lru_cache(maxsize=8)
-def _suite(name: str, data: str, train: int | None, test: int | None) -> gentasks.Suite:
-    return gentasks.suite(name, data, train, test, tests=gentasks.available(name, data))
-
-
-def suite(s: RunSpec) -> gentasks.Suite:
-    """Training and test items of a run of a generating student."""
-    t = s.training
-    return _suite(s.task, profiles.load(s.profile).data, t.train_size, t.test_size)
-
-
-def teacher_texts(s: RunSpec) -> list[str]:
-    """Every text that the teacher of a run has to see."""
-    if s.task in gentasks.SUITES:
-        return [i.teacher_text for i in suite(s).train]
-    if METHODS[s.method].stage:  # no evaluated text is ever pictured
-        return examples(s)[0].teacher_texts
-    return [text for e in examples(s) for text in e.teacher_texts]
-
-
-def examples(s: RunSpec) -> tuple[task_table.Examples, task_table.Examples]:
-    """(training, evaluation) examples of a run."""
-    return _read(profiles.load(s.profile), s.task, s.training)

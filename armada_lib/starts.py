@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armada_lib import encoding, engine, profiles, specs
+from armada_lib import encoding, engine, profiles, run_data, specs
 from armada_lib.extraction import attach, every
 from armada_lib.files import Damaged, keep_tensors, kept_tensors
 from armada_lib.methods import METHODS, Setting
@@ -122,7 +122,7 @@ def _train(start: RunSpec, store: RunStore) -> dict[str, Tensor]:
     who = profiles.load(start.profile).teacher(start.teacher)  # type: ignore[arg-type]
     student = encoding.student(start)
     texts = encoding.corpus(start, student)
-    absent = attach(start, store, [(texts, specs.teacher_texts(start))], who.width)
+    absent = attach(start, store, [(texts, run_data.teacher_texts(start))], who.width)
     setting = Setting(
         "class", student.outputs, t, start.seed, width=who.width, channels=who.channels
     )

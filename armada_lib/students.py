@@ -7,10 +7,8 @@ The student *is* an `AutoModelForSequenceClassification`: its pooler is the pape
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +16,10 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers.utils import logging
 
-from armada_lib import profiles
-from armada_lib.batching import PACKED, packed, pooled_attention
+from armada_lib import profiles, quiet
+from armada_lib.batching import PACKED, packed
+from armada_lib.families import FAMILIES, text_mean
 from armada_lib.profiles import StudentSpec
 
 
@@ -32,75 +30,6 @@ class StudentOutput(NamedTuple):
     hidden: torch.Tensor  # h'_s (n, d)
     projection: torch.Tensor | None  # p_s (n, k)
     aux_logits: torch.Tensor | None  # a_s (n, c)
-
-
-class Family(NamedTuple):
-    """How a family of classifiers is taken apart: encoder, map `Fs~`, dropout, head `O_s`."""
-
-    encoder: Callable[[Any], nn.Module]
-    transform: Callable[[Any, torch.Tensor], torch.Tensor]
-    dropout: Callable[[Any, torch.Tensor], torch.Tensor]
-    head: Callable[[Any], nn.Linear]
-    pooling: str  # what the plain classification checkpoint does
-    packs: bool  # its attention goes through transformers' attention interface
-    limit: str = "max_position_embeddings"
-    last: Callable[..., torch.Tensor] | None = None  # its last layer, at the pooled tokens alone
-
-
-def _last_bert(
-    layer: Any, plain: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
-    """`BertLayer.forward` at the pooled tokens alone, (1, T, d) -> (1, n, d).
-
-    Nobody reads the other tokens' last vectors: only their keys and values count. `at` (n,): the
-    pooled tokens' places, in the order of the packed texts; without it, the plain layer.
-    """
-    at = kwargs.pop("at", None)
-    if at is None:
-        return plain(x, *args, **kwargs)
-    own, tokens = layer.attention.self, x[0]
-    seen, dropout = tokens.index_select(0, at), own.dropout.p if own.training else 0.0
-    q, k, v = own.query(seen), own.key(tokens), own.value(tokens)
-    found = pooled_attention(
-        q, k, v, own.num_attention_heads, own.scaling, dropout, kwargs["packing"]
-    )
-    return layer.feed_forward_chunk(layer.attention.output(found, seen))[None]
-
-
-FAMILIES: dict[str, Family] = {
-    "bert": Family(
-        lambda m: m.bert,
-        lambda m, x: m.bert.pooler(x[:, None]),
-        lambda m, x: m.dropout(x),
-        lambda m: m.classifier,
-        "cls",
-        packs=True,
-        last=_last_bert,
-    ),
-    "deberta-v2": Family(
-        lambda m: m.deberta,
-        lambda m, x: m.pooler(x[:, None]),
-        lambda m, x: m.dropout(x),
-        lambda m: m.classifier,
-        "cls",
-        packs=False,
-    ),
-    "opt": Family(
-        # OPT's plain classifier reads the last hidden vector directly: here `Fs~` is the identity.
-        lambda m: m.model,
-        lambda m, x: x,
-        lambda m, x: x,
-        lambda m: m.score,
-        "last",
-        packs=True,
-    ),
-}
-
-
-def text_mean(x: torch.Tensor, text: torch.Tensor, n: int) -> torch.Tensor:
-    """Mean of the rows of x (t, d) that belong to each of n texts, `text` (t,): (n, d)."""
-    total = x.new_zeros(n, x.shape[1]).index_add(0, text, x)
-    return total / torch.bincount(text, minlength=n)[:, None]
 
 
 class Student(nn.Module):
@@ -292,7 +221,7 @@ def load(
                  "pooler_dropout", "cls_dropout", "classifier_dropout")  # fmt: skip
         changed |= {n: dropout for n in names if getattr(config, n, None) is not None}
     torch.manual_seed(seed)  # the head is drawn from the global generator by transformers
-    with quiet():
+    with quiet.libraries():  # the head is new, as it always is
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             where, revision=spec.revision, dtype=torch.float32,
             attn_implementation=packed() if family.packs else "eager", **changed,
@@ -316,20 +245,6 @@ def _cut(encoder: Any, layers: tuple[int, ...]) -> None:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = i
     encoder.config.num_hidden_layers = len(stack)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No bar and no report that a head is new: it always is."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def limit(student: Student, max_length: int) -> int:

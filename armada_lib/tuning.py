@@ -21,7 +21,17 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
-from armada_lib import answers, decoders, engine, generation, gentasks, profiles, specs, state
+from armada_lib import (
+    answers,
+    decoders,
+    engine,
+    generation,
+    gentasks,
+    profiles,
+    run_data,
+    specs,
+    state,
+)
 from armada_lib.answers import Item
 from armada_lib.decoders import Decoder
 from armada_lib.engine import Trained
@@ -37,7 +47,7 @@ NEW_TOKENS = {"reasoning": 32, "instruct": 128}  # of an answer, unless the sett
 
 def build(s: RunSpec, store: RunStore) -> tuple[Decoder, Method, Sequences, dict[str, Any]]:
     """(student, method, training data, facts) of a run, untrained."""
-    p, t, entry, suite = profiles.load(s.profile), s.training, METHODS[s.method], specs.suite(s)
+    p, t, entry, suite = profiles.load(s.profile), s.training, METHODS[s.method], run_data.suite(s)
     width = p.teacher(s.teacher).width if s.teacher and entry.vectors else None
     student = decoders.load(p.student(s.student), width or 1, s.seed, t.dropout, t.precision)
     for items in suite.tests.values():  # a question too long is named before anything is trained
@@ -84,7 +94,7 @@ def _responses(s: RunSpec, store: RunStore) -> list[Item]:
     both are made once, and a killed call goes on. An empty response leaves its item out.
     """
     m = specs.mentor_of(s)
-    home, items = store.root / "mentors" / m.key, specs.suite(s).train
+    home, items = store.root / "mentors" / m.key, run_data.suite(s).train
     with store.lock(f"mentor-{m.key}"):
         said = _kept(m, items, home / "responses.jsonl")
         if said is None:
@@ -142,7 +152,7 @@ def compute(
         ),
     )  # fmt: skip
     scores, outputs, unparsed = {}, {}, {}
-    for name, items in specs.suite(s).tests.items():
+    for name, items in run_data.suite(s).tests.items():
         every = answer(s, student, items, kept / f"{name}.jsonl", progress)
         found = [gentasks.score(name, one, items) for one in every]
         outputs[name] = np.mean([f.each for f in found], axis=0)
@@ -198,7 +208,7 @@ def said(s: RunSpec, store: RunStore) -> dict[str, list[str]]:
     Raises FileNotFoundError if they are gone.
     """
     found = {}
-    for name, items in specs.suite(s).tests.items():
+    for name, items in run_data.suite(s).tests.items():
         path = store.root / "answers" / s.key / f"{name}.jsonl"
         known = _kept(s, items, path, _samples(s)[0])
         if known is None:
@@ -213,7 +223,7 @@ def examples(before: RunSpec, after: RunSpec, store: RunStore, each: int = 1) ->
     Columns test set, question, gold, before, after; the rule picks them, not the eye.
     """
     first, second, rows = said(before, store), said(after, store), []
-    for name, items in specs.suite(before).tests.items():
+    for name, items in run_data.suite(before).tests.items():
         a, b = (gentasks.score(name, x[name], items).each for x in (first, second))
         for n in np.flatnonzero(a != b)[:each]:
             rows.append({

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from armada_lib import extraction, features, profiles, specs, stats, teachers
+from armada_lib import extraction, features, profiles, run_data, specs, stats, teachers
 from armada_lib.files import Damaged, keep_tensors, kept_tensors
 from armada_lib.results import RunStore
 from armada_lib.teachers import encoders
@@ -79,7 +79,7 @@ def sentences(profile: str, tasks: Sequence[str], longest: int = 60) -> list[str
     """
     found = []
     for task in tasks:
-        _, held = specs.examples(specs.spec(profile, task, "undistilled"))
+        _, held = run_data.examples(specs.spec(profile, task, "undistilled"))
         short = [t for t in held.first if len(t) <= longest]
         if not short:
             raise ValueError(f"{task} has no text of {longest} characters or fewer")
@@ -96,7 +96,7 @@ def likeness(
     sentences as the aligner sees them, and the human score of the pair: STS-B's validation split.
     Columns teacher, width, pairs, rho, low, high (95 % bootstrap interval over pairs).
     """
-    _, held = specs.examples(specs.spec(profile, "stsb", "undistilled"))
+    _, held = run_data.examples(specs.spec(profile, "stsb", "undistilled"))
     assert held.second is not None
     texts, rows = list(dict.fromkeys(held.first + held.second)), []
     for name in teachers:

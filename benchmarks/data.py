@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from armada_lib import profiles, students, tasks
+from armada_lib import examples, profiles, students
 from benchmarks.common import Split
 
 MAX_LENGTH, HELD = 128, 256
@@ -62,7 +62,7 @@ def _pad(student: students.Student) -> int:
 
 
 def _split(student: students.Student, task: str, split: str, real: bool) -> Split:
-    e = tasks.load(task, split, "real" if real else "mini")
+    e = examples.load(task, split, "real" if real else "mini")
     ids, types, _ = students.tokenise(student, e.first, e.second, MAX_LENGTH)
     assert types is not None
     return Split(ids, types, e.labels)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from armada_lib import extraction, profiles, specs
+from armada_lib import extraction, profiles, run_data
 from armada_lib.profiles import ROOT, StudentSpec
 
 torch.set_num_threads(1)
@@ -176,11 +176,11 @@ def root(checkpoints, tmp_path_factory) -> Path:
 def project(root, monkeypatch):
     monkeypatch.setattr(profiles, "ROOT", root)
     profiles.load.cache_clear()
-    specs._examples.cache_clear()
+    run_data._examples.cache_clear()
     extraction.load.cache_clear()
     yield root
     profiles.load.cache_clear()
-    specs._examples.cache_clear()
+    run_data._examples.cache_clear()
     extraction.load.cache_clear()
 
 

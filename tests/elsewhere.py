@@ -13,7 +13,7 @@ import torch
 from pydantic import TypeAdapter
 
 from armada_lib import teachers
-from armada_lib.settings import TeacherSpec
+from armada_lib.teacher_settings import TeacherSpec
 from armada_lib.teachers import common
 
 

@@ -8,7 +8,7 @@ import pytest
 from looked import ARMS, everything, gold, numbers, probe, result, spec
 from scipy.stats import ttest_ind
 
-from armada_lib import analysis, dynamics, frames, geometry, specs
+from armada_lib import analysis, dynamics, frames, geometry, run_data
 from armada_lib.analysis import AGAIN, Cell
 
 
@@ -126,7 +126,7 @@ def test_reductions_are_medians_over_a_groups_texts(task):
 def test_examples_are_the_first_of_each_label_in_each_scenario(task):
     c = known(task)
     found = frame(analysis.examples(c))
-    y, held = gold(task), specs.examples(c.arms["ARMADA Euclid"].spec)[1]
+    y, held = gold(task), run_data.examples(c.arms["ARMADA Euclid"].spec)[1]
     expected = [(s, int(np.flatnonzero(y[a:b] == g)[0]) + a, g)
                 for s, a, b in (("1", 0, 10), ("2", 10, 15)) for g in (0, 1)]  # fmt: skip
     per = 2 if task == "copa" else 1

@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError
 from test_results import result, run_spec
 
-from armada_lib import extraction, profiles, runs, specs, students, tasks
+from armada_lib import extraction, profiles, run_data, runs, specs, students, tasks
 from armada_lib.methods import METHODS, MULTIMODAL
 from armada_lib.profiles import MANIFOLDS, READINGS, Training, Unknown
 from armada_lib.results import RunStore
@@ -60,7 +60,7 @@ def tiny(checkpoints, tmp_path, monkeypatch) -> Path:
 
 def forget() -> None:
     profiles.load.cache_clear()
-    specs._examples.cache_clear()
+    run_data._examples.cache_clear()
 
 
 def data(folder: Path, monkeypatch, **rows) -> None:

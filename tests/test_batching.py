@@ -68,6 +68,18 @@ def test_labels_tokens_and_vectors_stay_together(packed, per):
     assert got == [d.tokens[t].tolist() for t in texts]
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_batch_goes_to_another_device_whole(packed):
+    moved = data(20).batch(np.array([7, 3, 11, 0]), packed).to(torch.device("meta"))
+    tensors = [moved.labels, moved.teacher]
+    tensors += [x for x in moved.inputs.values() if isinstance(x, torch.Tensor)]
+    if packed:
+        packing = moved.inputs["packing"]
+        tensors += [packing.first, packing.last, packing.text, packing.order]
+        tensors += [x for g in packing.groups for x in (g.slots, g.mask) if x is not None]
+    assert len(tensors) > 3 and {x.device.type for x in tensors} == {"meta"}
+
+
 def test_vectors_are_standardised_and_shuffled_on_reading():
     d = data(10)
     d.mean, d.scale = torch.full((3,), 2.0), torch.full((3,), 4.0)

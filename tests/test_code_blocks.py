@@ -35,9 +35,9 @@ from pydantic import TypeAdapter
 from test_notebooks import NOTEBOOKS, cells, code, defaults, papermill_command, pass_guard
 
 from armada_lib import __main__ as cli
-from armada_lib import experiment, extraction, films, profiles, runs, specs, working
+from armada_lib import experiment, extraction, films, profiles, run_data, runs, working
 from armada_lib.profiles import ROOT
-from armada_lib.settings import TeacherSpec
+from armada_lib.teacher_settings import TeacherSpec
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "book").rglob("*.md"))]
 VARIABLE = re.compile(r"[A-Z_]+=")
@@ -314,7 +314,7 @@ def home(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setenv("ARMADA_NO_GPU", "1")
     monkeypatch.setenv("ARMADA_DATA", str(folder / "path/to/data"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    forget = (profiles.load, profiles.file_digest, specs._examples, extraction.load)
+    forget = (profiles.load, profiles.file_digest, run_data._examples, extraction.load)
     for known in forget:
         known.cache_clear()
     yield folder

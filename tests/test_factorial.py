@@ -170,7 +170,7 @@ def test_medians_stand_beside_the_papers():
     df = factorial.losses(
         pd.concat([losses(2.0, 1.0, -1.0, noise=0), study().query("factor == 'grid'")])
     )
-    said = {"euclid": "0.36", "elementwise": "-0.05"}
+    said = {"euclid": "0.36", "elementwise": "−0.05"}
     gains = report.gain_cells(df)
     table = factorial.loss_table(gains, printed, said, "median").set_index("loss")
     assert table["measured median"].to_dict() == {

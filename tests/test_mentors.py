@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny import Killed, mentor_checkpoint
 
-from armada_lib import encoding, engine, evaluation, files, mentors, profiles, runs, specs
+from armada_lib import encoding, engine, evaluation, files, mentors, profiles, run_data, runs, specs
 from armada_lib.methods import METHODS
 from armada_lib.methods.layers import Watch
 from armada_lib.profiles import Unknown
@@ -53,10 +53,10 @@ def school_root(root, checkpoints, tmp_path_factory) -> Path:
 def school(school_root, monkeypatch):
     monkeypatch.setattr(profiles, "ROOT", school_root)
     monkeypatch.setenv("ARMADA_ROOT", str(school_root))  # for workers
-    for known in (profiles.load, specs._examples):
+    for known in (profiles.load, run_data._examples):
         known.cache_clear()
     yield school_root
-    for known in (profiles.load, specs._examples):
+    for known in (profiles.load, run_data._examples):
         known.cache_clear()
 
 
@@ -163,7 +163,7 @@ def test_a_weight_that_a_method_does_not_have_is_refused(school, method, given, 
     ],
 )  # fmt: skip
 def test_wrong_names_and_numbers_are_refused_before_any_work(school, monkeypatch, given, words):
-    monkeypatch.setattr(specs.task_table, "splits", lambda *a: pytest.fail("data were read"))
+    monkeypatch.setattr(run_data, "splits", lambda *a: pytest.fail("data were read"))
     with pytest.raises((Unknown, ValueError), match=words):
         spec(**given)
 
@@ -186,7 +186,7 @@ def test_the_baselines_of_every_profile_are_complete(name):
     for who in (block.student, block.mentor, block.assistant):
         assert p.student(who).stands_for
     assert set(block.methods) <= set(METHODS)
-    assert set(block.tasks) <= set(specs.task_table.TASKS)
+    assert set(block.tasks) <= set(run_data.TASKS)
     assert set(block.weights) <= {n for n, e in METHODS.items() if e.mentor}
 
 

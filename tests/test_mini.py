@@ -20,7 +20,7 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import f1_score
 
-from armada_lib import profiles, tasks
+from armada_lib import examples, profiles, tasks
 
 LARGE = ("cola", "rte", "stsb", "copa")
 FILES = [n for n in tasks.TASKS if n != "sst2"]  # SST-2 is played by a packaged corpus
@@ -32,8 +32,8 @@ EXTRA = {"wic": {"start1": int, "start2": int, "end1": int, "end2": int}}
 
 
 @cache
-def load(name: str, split: str) -> tasks.Examples:
-    return tasks.load(name, split, "mini")
+def load(name: str, split: str) -> examples.Examples:
+    return examples.load(name, split, "mini")
 
 
 @cache
@@ -138,7 +138,7 @@ def test_texts_are_not_made_from_templates(name):
 # -- baselines ---------------------------------------------------------------------------------
 
 
-def features(e: tasks.Examples, bag: CountVectorizer) -> dict[str, csr_matrix]:
+def features(e: examples.Examples, bag: CountVectorizer) -> dict[str, csr_matrix]:
     """Two sets of bag-of-words features of every text or pair."""
     second = e.second or [""] * len(e.first)
     a, b = bag.transform(e.first), bag.transform(second)

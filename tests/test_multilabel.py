@@ -22,16 +22,17 @@ from armada_lib import (
     chapter,
     engine,
     evaluation,
+    examples,
     films,
     losses,
     plans,
     profiles,
     report,
     results,
+    run_data,
     runs,
     specs,
     students,
-    tasks,
 )
 from armada_lib.methods import METHODS
 from armada_lib.methods.base import LOSS
@@ -113,10 +114,10 @@ def test_the_authors_archive_becomes_files_that_are_read(archive, tmp_path, monk
     assert "1 films open as another does" in done.stderr
     assert f"ARMADA_POSTERS={archive}" in done.stdout
     monkeypatch.setenv("ARMADA_DATA", str(data))
-    e = tasks.load("mmimdb", "train", "real")
+    e = examples.load("mmimdb", "train", "real")
     assert e.first[0] == "A longer plot about a ship. It sinks."  # the longest plot
     assert e.labels.sum() == 4 and e.labels[0, films.GENRES.index("Drama")] == 1
-    assert tasks.load("mmimdb", "validation", "real").labels.sum() == 1
+    assert examples.load("mmimdb", "validation", "real").labels.sum() == 1
 
     from armada_lib.teachers.collection import Collection
 
@@ -155,7 +156,7 @@ def film(n: int = 0, genres=("Drama",), end: str = "End.") -> dict:
 
 def test_a_row_becomes_a_plot_its_opening_and_a_row_of_labels(put):
     put([film(0, ["Western", "Action"]), film(1)])
-    e = tasks.load("mmimdb", "train", "real")
+    e = examples.load("mmimdb", "train", "real")
     assert (e.task.kind, e.task.outputs, e.per_example, e.second) == ("multilabel", 23, 1, None)
     assert e.first == ["A film of number 0 begins. End.", "A film of number 1 begins. End."]
     assert e.teacher_texts == ["A film of number 0 begins.", "A film of number 1 begins."]
@@ -172,7 +173,7 @@ def test_a_row_becomes_a_plot_its_opening_and_a_row_of_labels(put):
 def test_a_genre_that_does_not_exist_is_named_with_its_row(put, wrong):
     put([film(0), film(1) | {"genres": wrong}])
     with pytest.raises(ValueError, match="row 1: genres .* is out of range; MM-IMDb takes") as e:
-        tasks.load("mmimdb", "train", "real")
+        examples.load("mmimdb", "train", "real")
     assert "Film-Noir" in str(e.value)
 
 
@@ -180,20 +181,20 @@ def test_a_genre_that_does_not_exist_is_named_with_its_row(put, wrong):
 def test_an_unlabelled_split_is_refused(put, wrong):
     put([film(0) | {"genres": wrong}] * 2)
     with pytest.raises(ValueError, match="this split has no labels"):
-        tasks.load("mmimdb", "train", "real")
+        examples.load("mmimdb", "train", "real")
 
 
 def test_without_files_the_message_says_how_to_make_them(put, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"train\.parquet .*python -m armada_lib films"):
-        tasks.load("mmimdb", "train", "real")
+        examples.load("mmimdb", "train", "real")
     monkeypatch.delenv("ARMADA_DATA")
     with pytest.raises(FileNotFoundError, match="ARMADA_DATA .*python -m armada_lib films"):
-        tasks.load("mmimdb", "train", "real")
+        examples.load("mmimdb", "train", "real")
 
 
 def test_the_digest_covers_labels_and_what_the_teacher_is_told(put, monkeypatch):
     def digest() -> str:
-        return tasks.load("mmimdb", "train", "real").digest
+        return examples.load("mmimdb", "train", "real").digest
 
     put([film(0), film(1)])
     found = [digest()]
@@ -548,10 +549,10 @@ def cinema_root(root, checkpoints, tmp_path_factory) -> Path:
 @pytest.fixture
 def cinema(cinema_root, monkeypatch):
     monkeypatch.setattr(profiles, "ROOT", cinema_root)
-    for known in (profiles.load, specs._examples):
+    for known in (profiles.load, run_data._examples):
         known.cache_clear()
     yield cinema_root
-    for known in (profiles.load, specs._examples):
+    for known in (profiles.load, run_data._examples):
         known.cache_clear()
 
 
@@ -561,7 +562,7 @@ def test_posters_reach_the_aligner_and_plots_the_student(cinema):
     assert set(r.scores) == set(r.facts["also"]["macro_f1"]) == set(r.outputs)
     assert set(r.scores) == {"student", "student_aux", "aligner", "aligner_aux"}
     assert all(o.shape == (8, 23) for o in r.outputs.values()) and r.labels.shape == (8, 23)
-    train, held = specs.examples(s)
+    train, held = run_data.examples(s)
     from armada_lib.extraction import feature_store
 
     known = feature_store("cinema", "posters", RunStore())
@@ -580,7 +581,7 @@ def test_a_trained_student_is_saved_with_its_genres(cinema, tmp_path):
     assert model.config.problem_type == "multi_label_classification"
     assert model.config.id2label[7] == "Drama" and model.config.label2id["Western"] == 22
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
-    _, held = specs.examples(s)
+    _, held = run_data.examples(s)
     with torch.no_grad():
         inputs = tokenizer(
             held.first, padding=True, truncation=True, max_length=64, return_tensors="pt"

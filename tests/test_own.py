@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from armada_lib import card, chapter, own, plans, profiles, report, runs, specs
+from armada_lib import card, chapter, own, plans, profiles, report, run_data, runs, specs
 from armada_lib.methods import METHODS
 from armada_lib.results import Result, RunStore
 
@@ -67,7 +67,7 @@ def test_a_project_has_every_arm_with_every_seed(made):
         (m, n) for m in own.METHODS for n in (0, 1, 2)
     }
     assert made.best.method == "armada" and made.best.seed == 0
-    train, held = specs.examples(made.best)
+    train, held = run_data.examples(made.best)
     assert (len(train), len(held)) == (60, 20)
     assert train.task.labels == ("dog", "none")
     assert [train.labels[i] for i, t in enumerate(train.first) if "dog" in t.split()] == [0] * sum(
@@ -96,7 +96,7 @@ def test_the_same_project_again_changes_no_key_and_another_table_changes_them_al
 
 def test_pairs_and_scores(base, table):
     p = own.project("pets", table, ["text", "more"], "stars", scale=(0, 10), like=base)
-    train = specs.examples(p.best)[0]
+    train = run_data.examples(p.best)[0]
     assert train.second[0] == "the mat" and train.teacher_texts[0].endswith(" the mat")
     assert train.task.kind == "regression" and train.task.metric == "pearson"
     stars = {r[0]: float(r[3]) for r in csv.reader(table.open()) if r[0] != "text"}
@@ -107,7 +107,7 @@ def test_a_second_table_is_the_validation_split(base, table, tmp_path):
     second = tmp_path / "more.csv"
     second.write_text("text,label\nthe dog,dog\na cat,none\n")
     p = own.project("pets", table, validation=second, like=base)
-    train, held = specs.examples(p.best)
+    train, held = run_data.examples(p.best)
     assert (len(train), held.first) == (80, ["the dog", "a cat"])
 
 
@@ -190,7 +190,7 @@ def test_from_a_table_to_a_plain_checkpoint(made, tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.id2label == {0: "dog", 1: "none"}
     assert model.config.problem_type == "single_label_classification"
-    held = specs.examples(made.best)[1]
+    held = run_data.examples(made.best)[1]
     said = model(**tokenizer(held.first, padding=True, return_tensors="pt")).logits
     stored = next(r for r in found if r.spec == made.best)
     assert said.detach().numpy() == pytest.approx(stored.outputs["student"], abs=1e-4)
@@ -292,7 +292,7 @@ def test_the_example_of_a_method_trains_and_has_a_name(made, monkeypatch):
 
 def test_the_example_of_a_teacher_draws_and_is_read(made, base, table, tmp_path):
     bars = runpy.run_path(str(profiles.ROOT / "examples" / "add_teacher.py"))
-    texts = specs.teacher_texts(made.best)
+    texts = run_data.teacher_texts(made.best)
     given = bars["collect"](texts[:-1], tmp_path / "bars")
     p = own.project("bars", table, teacher=given, like=base, seeds=[0])
     assert p.profile.teacher("own").width == 1280
@@ -308,7 +308,7 @@ def test_the_example_of_a_task_is_a_profile(monkeypatch):
     monkeypatch.setenv("ARMADA_OWN", str(profiles.ROOT / "examples"))
     profiles.load.cache_clear()
     s = specs.spec("add_task", "urgency", "undistilled")
-    train, held = specs.examples(s)
+    train, held = run_data.examples(s)
     assert (len(train), len(held), s.training.epochs) == (144, 48, 6)
     assert train.task.labels == ("nothing to do", "later", "now")
     profiles.load.cache_clear()

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from armada_lib import ablation, blocks, profiles, settings
+from armada_lib import ablation, blocks, profiles, settings, teacher_settings
 from armada_lib.methods import READINGS, Reading
 from armada_lib.profiles import ROOT
 
@@ -131,7 +131,8 @@ def field(name: str) -> Any:
     owner, _, own = name.partition(".")
     if owner == "Reading":
         return next((f.type for f in dataclasses.fields(Reading) if f.name == own), None)
-    block = getattr(settings, owner, None) or getattr(blocks, owner, None)
+    rooms = (settings, teacher_settings, blocks)
+    block = next((getattr(r, owner) for r in rooms if hasattr(r, owner)), None)
     if not isinstance(block, type) or not issubclass(block, BaseModel):
         return None
     known = block.model_fields.get(own)
@@ -191,7 +192,7 @@ def unknown(text: str) -> list[str]:
 @cache
 def values() -> set[str]:
     """Everything that a choice of a run's or a teacher's settings may be."""
-    models = [settings.Training, settings.ImageSpec]
+    models = [settings.Training, teacher_settings.ImageSpec]
     kinds = [str(f.annotation) for b in models for f in b.model_fields.values()]
     return {v for kind in kinds for v in re.findall(r"'([\w-]+)'", kind)}
 

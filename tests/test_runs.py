@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from armada_lib import extraction, report, runs, specs, teachers
+from armada_lib import extraction, report, run_data, runs, specs, teachers
 from armada_lib.results import RunStore
 
 HERE = Path(__file__).parent
@@ -211,7 +211,7 @@ def test_a_trained_student_loads_with_plain_transformers(project, tmp_path):
     stored = runs.run(s)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
-    _, held = specs.examples(s)
+    _, held = run_data.examples(s)
     with torch.no_grad():
         logits = model(**tokenizer(held.first, padding=True, return_tensors="pt")).logits.numpy()
     np.testing.assert_allclose(logits, stored.outputs["student"], atol=1e-4)

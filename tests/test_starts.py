@@ -14,14 +14,24 @@ from safetensors.torch import load_file
 from test_mentors import spoil
 from tiny import Killed, killed
 
-from armada_lib import encoding, engine, evaluation, extraction, profiles, runs, specs, starts
+from armada_lib import (
+    encoding,
+    engine,
+    evaluation,
+    extraction,
+    profiles,
+    run_data,
+    runs,
+    specs,
+    starts,
+)
 from armada_lib.batching import Encoded
 from armada_lib.files import Damaged
 from armada_lib.methods import METHODS, MULTIMODAL, Method
 from armada_lib.profiles import Unknown
 from armada_lib.results import RunStore
-from armada_lib.settings import AudioSpec, BlackboxSpec, ImageSpec, VideoSpec
 from armada_lib.students import Student
+from armada_lib.teacher_settings import AudioSpec, BlackboxSpec, ImageSpec, VideoSpec
 
 STAGED = [n for n, e in METHODS.items() if e.stage]
 TINY = {"train_size": 16, "eval_size": 8, "stage_epochs": 2, "epochs": 1}
@@ -58,10 +68,10 @@ def gallery(gallery_root, monkeypatch):
     monkeypatch.setattr(profiles, "ROOT", gallery_root)
     # every test has runs and starts of its own, but vectors are made once
     monkeypatch.setattr(RunStore, "features", gallery_root / "features")
-    for known in (profiles.load, specs._examples, extraction.load):
+    for known in (profiles.load, run_data._examples, extraction.load):
         known.cache_clear()
     yield gallery_root
-    for known in (profiles.load, specs._examples, extraction.load):
+    for known in (profiles.load, run_data._examples, extraction.load):
         known.cache_clear()
 
 
@@ -221,8 +231,8 @@ def test_a_stage_reads_no_labels_and_runs_no_student(gallery, monkeypatch):
 
 def test_only_training_texts_are_pictured(gallery, no_vectors):
     s = spec("vid_voken_clip")
-    train, held = specs.examples(s)
-    assert specs.teacher_texts(s) == train.teacher_texts
+    train, held = run_data.examples(s)
+    assert run_data.teacher_texts(s) == train.teacher_texts
     runs.run(s)
     known = extraction.feature_store("gallery", "looks", RunStore())
     assert not known.missing(train.teacher_texts)
@@ -317,7 +327,7 @@ def test_a_student_after_a_stage_is_a_plain_checkpoint(gallery, tmp_path, method
     assert not any(hasattr(student, n) for n in ("stage", "guide", "adapters"))
     student.save_pretrained(tmp_path / "student")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()
-    texts = student.tokenizer(specs.examples(s)[1].first, return_tensors="pt", padding=True)
+    texts = student.tokenizer(run_data.examples(s)[1].first, return_tensors="pt", padding=True)
     student.model.set_attn_implementation("eager")
     with torch.no_grad():
         torch.testing.assert_close(student(texts).logits, plain(**texts).logits)
@@ -355,7 +365,7 @@ def test_the_v_expert_reads_pictures_of_the_evaluated_texts(gallery, no_vectors)
         predicted(s, True)
     one = predicted(s, False)
     known = extraction.feature_store("gallery", "sd14", RunStore())
-    assert not known.missing(specs.examples(s)[1].teacher_texts) and np.isfinite(one).all()
+    assert not known.missing(run_data.examples(s)[1].teacher_texts) and np.isfinite(one).all()
 
 
 def test_masks_keep_their_row_where_words_are_masked_and_nowhere_else(gallery):
@@ -425,7 +435,7 @@ def test_channels_are_those_of_the_picture_that_a_vector_is():
 def test_table_8_of_every_profile_is_complete(name):
     p = profiles.load(name)
     block = p.baselines.multimodal
-    assert p.student(block.student).stands_for and set(block.tasks) <= set(specs.task_table.TASKS)
+    assert p.student(block.student).stands_for and set(block.tasks) <= set(run_data.TASKS)
     assert {p.teacher(block.video).kind, p.teacher(block.frames).kind} == {"video", "blackbox"}
     assert {"undistilled", "armada"} < set(block.methods) <= {*METHODS}
     assert set(block.methods) - {"undistilled", "armada"} <= set(MULTIMODAL)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from armada_lib import profiles, tasks
+from armada_lib import examples, profiles, tasks
 from armada_lib.profiles import Unknown
 
 # task -> (a row as the hub has it, student's first text, second text, teacher's text)
@@ -110,7 +110,7 @@ def test_these_are_the_papers_tasks():
 def test_a_row_of_the_hub_becomes_texts_and_a_label(put, name, split, form):
     row, first, second, taught = ROWS[name]
     put(name, [row, row | {"label": 0, "idx": 1}], split, form)
-    e = tasks.load(name, split, "real")
+    e = examples.load(name, split, "real")
     assert e.first == [first] * 2
     assert e.second == (None if second is None else [second] * 2)
     assert e.teacher_texts == [taught] * 2
@@ -128,14 +128,14 @@ def test_a_row_of_the_hub_becomes_texts_and_a_label(put, name, split, form):
 )
 def test_copa_is_two_texts_an_example_or_one_pair(put, question, ask, form):
     put("copa", [COPA | {"question": question}], "train", form)
-    e = tasks.load("copa", "train", "real")
+    e = examples.load("copa", "train", "real")
     assert (e.task.kind, e.task.outputs, e.per_example, len(e)) == ("choice", 1, 2, 1)
     assert e.first == [f"It rained. {ask}"] * 2
     assert e.second == ["I got wet.", "I got rich."]
     assert e.teacher_texts == ["It rained. I got wet.", "It rained. I got rich."]
     assert e.labels.tolist() == [1]
 
-    e = tasks.load("copa", "train", "real", copa="pair")
+    e = examples.load("copa", "train", "real", copa="pair")
     assert (e.task.kind, e.task.outputs, e.per_example, len(e)) == ("class", 2, 1, 1)
     assert e.first == [f"It rained. {ask}"]
     assert e.second == ["I got wet. I got rich."]
@@ -148,17 +148,18 @@ def test_matched_and_mismatched_share_the_training_split(put):
     put("mnli", [PH | {"label": 1, "idx": 0}], "validation")
     put("mnli_mm", [PH | {"label": 2, "idx": 0}], "validation")
     assert (
-        tasks.load("mnli", "train", "real").digest == tasks.load("mnli_mm", "train", "real").digest
+        examples.load("mnli", "train", "real").digest
+        == examples.load("mnli_mm", "train", "real").digest
     )
-    assert tasks.load("mnli", "validation", "real").labels.tolist() == [1]
-    assert tasks.load("mnli_mm", "validation", "real").labels.tolist() == [2]
+    assert examples.load("mnli", "validation", "real").labels.tolist() == [1]
+    assert examples.load("mnli_mm", "validation", "real").labels.tolist() == [2]
 
 
 def test_an_unknown_task_names_the_valid_ones():
     with pytest.raises(
         Unknown, match=r"unknown task 'colla'; did you mean 'cola'\? Valid: boolq, cb, cola, copa"
     ) as e:
-        tasks.load("colla", "train", "mini")
+        examples.load("colla", "train", "mini")
     assert all(name in str(e.value) for name in tasks.TASKS)
 
 
@@ -171,7 +172,7 @@ def test_an_unknown_task_names_the_valid_ones():
 def test_a_missing_file_names_the_file_the_variable_and_the_hub(put, tmp_path, name, split):
     group, folder, stem = place(name, split)
     with pytest.raises(FileNotFoundError) as e:
-        tasks.load(name, split, "real")
+        examples.load(name, split, "real")
     said = str(e.value)
     assert str(tmp_path / "data" / group / folder / f"{stem}.parquet") in said
     assert "ARMADA_DATA" in said and "(or .jsonl)" in said
@@ -182,7 +183,7 @@ def test_a_missing_file_names_the_file_the_variable_and_the_hub(put, tmp_path, n
 def test_without_network_the_hub_names_variable_file_and_itself(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError) as e:
-        tasks.load("mnli_mm", "validation", "real")
+        examples.load("mnli_mm", "validation", "real")
     said = str(e.value)
     assert "nyu-mll/glue (mnli, validation_mismatched)" in said
     assert "ARMADA_DATA" in said and "glue/mnli/validation_mismatched.parquet" in said
@@ -192,13 +193,13 @@ def test_a_missing_mini_file_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(profiles, "ROOT", tmp_path)
     wanted = tmp_path / "book" / "data" / "mini" / "super_glue" / "cb" / "train.jsonl"
     with pytest.raises(FileNotFoundError, match=f"mini data of CB: {wanted} not found"):
-        tasks.load("cb", "train", "mini")
+        examples.load("cb", "train", "mini")
 
 
 def test_parquet_goes_before_jsonl(put):
     put("cola", cola(3))
     put("cola", cola(2), form="parquet")
-    assert len(tasks.load("cola", "train", "real")) == 2
+    assert len(examples.load("cola", "train", "real")) == 2
 
 
 # -- files with mistakes -----------------------------------------------------------------------
@@ -210,21 +211,21 @@ def test_a_missing_column_is_named_with_the_columns_that_are_there(put):
     with pytest.raises(
         ValueError, match=r"glue/rte/train .*missing column\(s\) \['sentence2'\]; RTE needs"
     ) as e:
-        tasks.load("rte", "train", "real")
+        examples.load("rte", "train", "real")
     assert "['label', 'sentence1', 'text']" in str(e.value)
     put("rte", rows)  # also in a later row
     with pytest.raises(ValueError, match=r"row 1: missing column\(s\) \['sentence2'\]"):
-        tasks.load("rte", "train", "real")
+        examples.load("rte", "train", "real")
     put("rte", [S12])
     with pytest.raises(ValueError, match=r"missing column\(s\) \['label'\]"):
-        tasks.load("rte", "train", "real")
+        examples.load("rte", "train", "real")
 
 
 @pytest.mark.parametrize("text", ["", "  \n", None, 7])
 def test_an_empty_text_is_named_with_its_row(put, text):
     put("rte", [S12 | {"label": 1}, S12 | {"sentence2": text, "label": 1}])
     with pytest.raises(ValueError, match="row 1: column 'sentence2' is empty"):
-        tasks.load("rte", "train", "real")
+        examples.load("rte", "train", "real")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_a_label_out_of_range_is_named_with_its_row(put, name, label, wanted):
     good = (COPA if name == "copa" else ROWS[name][0]) | {"label": 1}
     put(name, [good, good, good | {"label": label}])
     with pytest.raises(ValueError, match="row 2: label .* is out of range") as e:
-        tasks.load(name, "train", "real")
+        examples.load(name, "train", "real")
     assert wanted in str(e.value)
 
 
@@ -255,19 +256,19 @@ def test_an_unlabelled_split_is_refused(put, name, label, form):
         ValueError,
         match=f"{name}/train .*this split has no labels; it cannot be trained on or scored",
     ):
-        tasks.load(name, "train", "real")
+        examples.load(name, "train", "real")
 
 
 def test_a_file_without_rows_is_refused(put):
     put("cola", [])
     with pytest.raises(ValueError, match="glue/cola/train.*no rows"):
-        tasks.load("cola", "train", "real")
+        examples.load("cola", "train", "real")
 
 
 def test_a_line_separator_inside_a_text_does_not_end_the_row(put):
     text = "a\u2028b\x85c"
     put("cola", [{"sentence": text, "label": 1}])
-    assert tasks.load("cola", "train", "real").first == [text]
+    assert examples.load("cola", "train", "real").first == [text]
 
 
 # -- digests and subsets -----------------------------------------------------------------------
@@ -276,7 +277,7 @@ def test_a_line_separator_inside_a_text_does_not_end_the_row(put):
 def test_the_digest_is_the_contents(put):
     def digest(rows, form="jsonl"):
         path = put("rte", rows, form=form)
-        found = tasks.load("rte", "train", "real").digest
+        found = examples.load("rte", "train", "real").digest
         path.unlink()
         return found
 
@@ -298,7 +299,7 @@ def test_the_digest_is_the_contents(put):
 def test_what_is_taken_has_its_own_digest_and_keeps_texts_and_labels_together(put):
     rows = [COPA | {"premise": f"Premise {i}.", "label": i % 2} for i in range(5)]
     put("copa", rows)
-    e = tasks.load("copa", "train", "real")
+    e = examples.load("copa", "train", "real")
     part = e.take(np.array([3, 0]))
     assert part.teacher_texts == [
         f"Premise {i}. I got {w}." for i in (3, 0) for w in ("wet", "rich")
@@ -315,7 +316,7 @@ def test_a_subset_is_the_same_for_every_call_and_inside_every_larger_one(put):
     put("cola", cola(30), "validation")
 
     def call(train=None, n=None):
-        return tasks.splits("cola", "real", train, n, "validation", "choice")
+        return examples.splits("cola", "real", train, n, "validation", "choice")
 
     train, held = call(20, 10)
     again = call(20, 10)
@@ -334,7 +335,7 @@ def test_the_holdout_is_training_rows_that_are_not_trained_on(put):
     put("cola", cola(50))
 
     def call(train, n):
-        return tasks.splits("cola", "real", train, n, "holdout", "choice")
+        return examples.splits("cola", "real", train, n, "holdout", "choice")
 
     for train_size in (20, 30, None):
         train, held = call(train_size, 20)
@@ -344,7 +345,7 @@ def test_the_holdout_is_training_rows_that_are_not_trained_on(put):
         # whatever is trained on, settings are compared on the same rows
         assert held.digest == call(25, 20)[1].digest
     put("cola", cola(30), "validation")
-    subset, _ = tasks.splits("cola", "real", 20, None, "validation", "choice")
+    subset, _ = examples.splits("cola", "real", 20, None, "validation", "choice")
     assert set(subset.first) == set(call(20, 20)[0].first)
 
 
@@ -352,14 +353,14 @@ def test_the_holdout_is_training_rows_that_are_not_trained_on(put):
 def test_a_holdout_that_leaves_nothing_to_train_on_is_refused(put, train, n):
     put("cola", cola(50))
     with pytest.raises(ValueError, match=rf"cola: .*holdout of {n or 500} .*there are 50"):
-        tasks.splits("cola", "real", train, n, "holdout", "choice")
+        examples.splits("cola", "real", train, n, "holdout", "choice")
 
 
 # -- the tweets that play SST-2 ----------------------------------------------------------------
 
 
 def test_the_tweets_are_fixed_balanced_and_apart():
-    train, held = (tasks.load("sst2", s, "mini") for s in ("train", "validation"))
+    train, held = (examples.load("sst2", s, "mini") for s in ("train", "validation"))
     assert (len(train), len(held)) == (240, 80)
     assert (train.digest, held.digest) == DIGESTS
     texts = [t.lower() for t in (*train.first, *held.first)]
@@ -376,4 +377,4 @@ def test_the_tweets_are_fixed_balanced_and_apart():
 def test_a_copa_question_other_than_cause_or_effect_is_named(put):
     put("copa", [COPA | {"question": "reason", "idx": 7, "label": 0}])
     with pytest.raises(ValueError, match="row 7: question is 'reason', not cause or effect"):
-        tasks.load("copa", "train", "real")
+        examples.load("copa", "train", "real")

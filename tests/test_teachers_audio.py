@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from armada_lib import profiles, teachers
-from armada_lib.settings import AudioSpec
+from armada_lib.teacher_settings import AudioSpec
 from armada_lib.teachers import audio, common
 from armada_lib.teachers.sound import encoder, log_mel
 

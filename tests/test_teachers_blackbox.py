@@ -27,12 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import torch
 from PIL import Image
 from pydantic import ValidationError
 
 from armada_lib import teachers
-from armada_lib.settings import BlackboxSpec, ImageSpec
+from armada_lib.teacher_settings import BlackboxSpec, ImageSpec
 from armada_lib.teachers import blackbox, collection, encoders, service
 
 KEY = "sk-secret-0123456789"
@@ -324,6 +325,16 @@ def test_it_stops_with_one_clear_error(fault, message, calls, api, resnet, monke
     api.faults = {}
     assert teachers.load(spec).encode([good, bad]).shape == (2, 16)
     assert sum(t == good for t, *_ in api.asked) == 1, "what came back before was not kept"
+
+
+def test_nothing_else_is_sent_in_place_of_the_key(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine api.example.org login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    url, plain = "https://api.example.org/v1", requests.Session()
+    for own, session in ((False, plain), (True, service._session(url))):
+        asked = requests.Request("POST", url, headers={"Authorization": f"Bearer {KEY}"})
+        sent = session.prepare_request(asked).headers["Authorization"]
+        assert (sent == f"Bearer {KEY}") is own
 
 
 def test_a_url_in_the_answer_is_fetched_without_the_key(api, resnet):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from armada_lib import profiles, teachers
-from armada_lib.settings import ImageSpec
+from armada_lib.teacher_settings import ImageSpec
 from armada_lib.teachers import common, image
 
 TEXTS = ["a red heart", "the dog runs", "a red heart and the dog", "tree"]

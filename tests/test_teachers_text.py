@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from armada_lib import profiles, teachers
-from armada_lib.settings import TextSpec
+from armada_lib.teacher_settings import TextSpec
 
 TEXTS = ["the cat sat", "a dog ran over the red house", "the bird flew", "the cat"]
 

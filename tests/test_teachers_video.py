@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from armada_lib import profiles, teachers
-from armada_lib.settings import VideoSpec
+from armada_lib.teacher_settings import VideoSpec
 from armada_lib.teachers import common, video
 
 TEXTS = ["a red heart", "the dog runs", "a red heart and the dog", "tree"]

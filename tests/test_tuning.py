@@ -9,7 +9,18 @@ import pytest
 import yaml
 from test_decoders import llama  # noqa: F401  (a fixture)
 
-from armada_lib import chapter, extraction, gentasks, plans, profiles, report, runs, specs, tuning
+from armada_lib import (
+    chapter,
+    extraction,
+    gentasks,
+    plans,
+    profiles,
+    report,
+    run_data,
+    runs,
+    specs,
+    tuning,
+)
 from armada_lib.results import RunStore
 
 PEOPLE = ("cat", "dog", "bird")
@@ -40,9 +51,9 @@ def own(project, llama, tmp_path, monkeypatch):  # noqa: F811
         (base / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setenv("ARMADA_STORE", str(tmp_path))
     profiles.load.cache_clear()
-    specs._suite.cache_clear()
+    run_data.suite_of.cache_clear()
     yield project
-    specs._suite.cache_clear()
+    run_data.suite_of.cache_clear()
 
 
 def make(method: str = "armada", **changes):
@@ -65,7 +76,7 @@ def test_a_run_is_tuned_asked_and_scored(own):
     student = runs.trained_student(make())
     said = [json.loads(line)[1] for line in
             (store.root / "answers" / r.spec.key / "multiarith.jsonl").read_text().splitlines()]  # fmt: skip
-    items = specs.suite(make()).tests["multiarith"]
+    items = run_data.suite(make()).tests["multiarith"]
     assert sorted(said) == sorted(tuning.answer(make(), student, items)[0])
 
 
@@ -79,8 +90,8 @@ def test_keys_hold_what_matters_and_alpha_has_no_part(own):
 
 
 def test_the_teacher_sees_the_training_questions_alone(own):
-    seen = specs.teacher_texts(make())
-    assert len(seen) == 12 and seen == [i.teacher_text for i in specs.suite(make()).train]
+    seen = run_data.teacher_texts(make())
+    assert len(seen) == 12 and seen == [i.teacher_text for i in run_data.suite(make()).train]
     assert extraction.extract([make()], RunStore(), progress=False) == 12
     assert extraction.extract([make("undistilled")], RunStore(), progress=False) == 0
 
@@ -133,7 +144,7 @@ def test_seqkd_is_tuned_on_the_mentors_responses(own, monkeypatch):
     for item, tokens, prompt in zip(items, data.tokens, data.prompts, strict=True):
         whole = student.answer_ids(item.response + (student.tokenizer.eos_token or ""))
         assert tokens[prompt:].tolist() == whole[: len(tokens) - prompt].tolist()
-    assert [i.instruction for i in items] == [i.instruction for i in specs.suite(s).train
+    assert [i.instruction for i in items] == [i.instruction for i in run_data.suite(s).train
                                               if i.id in {x.id for x in items}]  # fmt: skip
     again = tuning.build(make("seqkd", mentor="llama", seed=1), store)[2]
     assert all(np.array_equal(a, b) for a, b in zip(data.tokens, again.tokens, strict=True))
@@ -161,7 +172,7 @@ def test_examples_are_the_first_items_that_score_differently(own, monkeypatch):
     a, b, store = make("undistilled"), make(), RunStore()
     runs.study([a, b], store, workers=1, progress=False)
     said = {s.key: tuning.said(s, store) for s in (a, b)}
-    items = specs.suite(a).tests["multiarith"]
+    items = run_data.suite(a).tests["multiarith"]
     student = runs.trained_student(b)
     assert said[b.key]["multiarith"] == tuning.answer(b, student, items)[0]
     marks = {a.key: iter([[0, 1, 0, 1, 1], [0] * 5]), b.key: iter([[0, 1, 1, 0, 1], [0] * 5])}

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 from scipy.stats import spearmanr
 
-from armada_lib import extraction, figures, plans, profiles, specs, views
+from armada_lib import extraction, figures, plans, profiles, run_data, specs, views
 from armada_lib.results import RunStore
 
 
@@ -76,7 +76,7 @@ def test_what_a_teacher_makes_is_made_once_and_kept(shop, tmp_path, monkeypatch)
 
 
 def test_sentences_are_the_first_short_ones(project):
-    _, held = specs.examples(specs.spec("tiny", "cola", "undistilled"))
+    _, held = run_data.examples(specs.spec("tiny", "cola", "undistilled"))
     found = views.sentences("tiny", ["cola"], 60)
     assert found == [next(t for t in held.first if len(t) <= 60)]
     with pytest.raises(ValueError, match="cola has no text of 2 characters"):
@@ -85,7 +85,7 @@ def test_sentences_are_the_first_short_ones(project):
 
 def test_likeness_is_the_rank_correlation_of_standardised_cosines(shop):
     row = views.likeness("shop", ["text"], RunStore()).iloc[0]
-    _, held = specs.examples(specs.spec("shop", "stsb", "undistilled"))
+    _, held = run_data.examples(specs.spec("shop", "stsb", "undistilled"))
     encode = lambda xs: extraction.load("shop", "text").encode(xs).astype(float)
     a, b = encode(held.first), encode(held.second)
     both = np.concatenate([a, b])

@@ -26,7 +26,7 @@ from painter_evaluation import CANDIDATES, fill_card, pick, retrieval
 from PIL import Image
 from safetensors import safe_open
 
-from armada_lib.settings import VideoSpec
+from armada_lib.teacher_settings import VideoSpec
 from armada_lib.teachers import video
 from armada_lib.teachers.attention import BroadcastAttention
 

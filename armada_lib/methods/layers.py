@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from armada_lib.batching import _padded
-from armada_lib.students import Student, text_mean
+from armada_lib.families import text_mean
+from armada_lib.students import Student
 
 WATCHED = ("bert",)
 

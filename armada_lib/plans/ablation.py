@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from armada_lib import ablation as ablations
-from armada_lib import gentasks, guard, profiles, report, specs
+from armada_lib import gentasks, guard, profiles, report, run_data, specs
 from armada_lib.plans.common import Plan, profile_of, seeds_of, several
 from armada_lib.plans.evidence import Evidence, committed, folder
 from armada_lib.profiles import MANIFOLDS, Profile
@@ -108,7 +108,7 @@ def ablation(ns: dict[str, Any]) -> tuple[Ablation, Ablation]:
 
     levels |= {k: v for k, v in given.items() if v}
     seeds = seeds_of(got["seeds"], block.seeds)
-    wanted = several(got["tasks"], block.tasks, specs.tasks_of(p), "task")
+    wanted = several(got["tasks"], block.tasks, run_data.tasks_of(p), "task")
     # the factors have tasks of their own, unless tasks are asked for
     apart = wanted if got["tasks"] != "auto" else block.factor_tasks
     common = {"student": student, "teacher": got["teacher"]}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from armada_lib import frames as frame_files
-from armada_lib import gentasks, guard, profiles, specs
+from armada_lib import gentasks, guard, profiles, run_data, specs
 from armada_lib.analysis import analyse
 from armada_lib.blocks import Analysis
 from armada_lib.frames import Frames
@@ -66,7 +66,7 @@ def analysis(ns: dict[str, Any]) -> AnalysisPlan:
         raise ValueError(f"profile {name!r} has no block `analysis`")
     p.teacher(got["teacher"])
     students = several(got["student"], [block.student], p.students, f"student (profile {name})")
-    able = [t for t in specs.tasks_of(p) if specs.task_of(p, t).kind != "multilabel"]
+    able = [t for t in run_data.tasks_of(p) if run_data.task_of(p, t).kind != "multilabel"]
     wanted = several(got["tasks"], block.tasks, [*able, *gentasks.SUITES], "task or suite")
     manifolds = several(got["manifold"], block.manifolds, MANIFOLDS, "manifold loss")
     main = block.main if block.main in manifolds else manifolds[0]
@@ -89,11 +89,11 @@ def analysis(ns: dict[str, Any]) -> AnalysisPlan:
                 others += _generating(name, block, task, main, common)
                 continue
             plain = _plain(name, block, task, manifolds, main, common)
-            regression = specs.task_of(p, task).kind == "regression"
+            regression = run_data.task_of(p, task).kind == "regression"
             (others if regression else probed).extend(plain)
             others += _noisy(name, block, task, block.noisy, main, common)
     if not probed:
-        classes = [t for t in able if specs.task_of(p, t).kind != "regression"]
+        classes = [t for t in able if run_data.task_of(p, t).kind != "regression"]
         raise ValueError(
             f"none of these tasks has classes to look at: add one of {', '.join(classes)}"
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from armada_lib import guard, specs
+from armada_lib import guard, run_data, specs
 from armada_lib.blocks import Baselines, Pictured
 from armada_lib.methods import METHODS, MULTIMODAL
 from armada_lib.plans.common import Plan, methods_of, profile_of, seeds_of, several
@@ -71,7 +71,7 @@ def baselines(ns: dict[str, Any]) -> tuple[Tuned, Tuned]:
 
     def plan(number: int, block: Baselines | Pictured) -> Tuned:
         student = several(got["student"], [block.student], p.students, f"student ({name})")[0]
-        tasks = several(got["tasks"], block.tasks, specs.tasks_of(p), "task")
+        tasks = several(got["tasks"], block.tasks, run_data.tasks_of(p), "task")
         seeds = seeds_of(got["seeds"], block.seeds)
         methods = methods_of(got["methods"], block.methods)
         chosen = {_table(m) for m in methods} - {0} or {7}

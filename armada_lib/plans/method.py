@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from armada_lib import guard, specs
+from armada_lib import guard, run_data, specs
 from armada_lib.plans.common import Plan, profile_of, seeds_of
 from armada_lib.profiles import MANIFOLDS
 from armada_lib.results import RunStore
@@ -39,7 +39,7 @@ def method(ns: dict[str, Any]) -> Pairs:
     seed = seeds_of(got["seed"], [0])
     if len(seed) != 1:
         raise ValueError(f"this chapter takes one seed, got {seed}")
-    task = next((t for t in p.nlu.tasks if specs.task_of(p, t).kind == "class"), None)
+    task = next((t for t in p.nlu.tasks if run_data.task_of(p, t).kind == "class"), None)
     if task is None:
         raise ValueError(f"this chapter needs a task with classes, and profile {name} has none")
     RunStore().check()

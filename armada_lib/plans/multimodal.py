@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from armada_lib import guard, profiles, specs, views
+from armada_lib import guard, profiles, run_data, specs, views
 from armada_lib.plans.common import Plan, methods_of, profile_of, seeds_of, several
 from armada_lib.profiles import MANIFOLDS, READINGS, check
 from armada_lib.results import RunStore
@@ -46,7 +46,7 @@ def posters(plan: Plan, n: int = 4) -> tuple[dict[str, list[Any]], list[str]]:
 
     In the order of `figures.gallery`; nothing for a teacher that makes nothing to look at.
     """
-    name, (_, held) = plan.teachers[0], specs.examples(plan.specs[0])
+    name, (_, held) = plan.teachers[0], run_data.examples(plan.specs[0])
     texts = held.teacher_texts[:n]
     if profiles.load(plan.profile).teacher(name).kind not in views.SHOW:
         return {}, texts

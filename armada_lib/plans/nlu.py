@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from armada_lib import guard, specs
+from armada_lib import guard, run_data, specs
 from armada_lib.plans.common import Plan, methods_of, profile_of, seeds_of, several
 from armada_lib.profiles import MANIFOLDS, READINGS
 from armada_lib.results import RunStore
@@ -25,7 +25,7 @@ def nlu(ns: dict[str, Any]) -> Plan:
     name, p = profile_of(got)
     p.teacher(got["teacher"])
     students = several(got["student"], [p.nlu.student], p.students, f"student (profile {name})")
-    wanted = several(got["tasks"], p.nlu.tasks, specs.tasks_of(p), "task")
+    wanted = several(got["tasks"], p.nlu.tasks, run_data.tasks_of(p), "task")
     methods = methods_of(got["methods"], p.nlu.methods)
     manifolds = several(got["manifold"], p.nlu.manifolds, MANIFOLDS, "manifold loss")
     readings = several(got["reading"], p.nlu.readings, READINGS, "reading")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from armada_lib import guard, own, profiles, specs
+from armada_lib import guard, own, profiles, run_data
 from armada_lib.own import Project
 from armada_lib.plans.common import Plan, profile_of, seeds_of, several
 from armada_lib.profiles import MANIFOLDS, check
@@ -38,7 +38,9 @@ class YourOwn(Plan):
     def classes(self) -> pd.DataFrame:
         """How many examples of each class, or the mean and spread of the scores, by split."""
         rows = []
-        for split, e in zip(("training", "held out"), specs.examples(self.specs[0]), strict=True):
+        for split, e in zip(
+            ("training", "held out"), run_data.examples(self.specs[0]), strict=True
+        ):
             row: dict[str, Any] = {"split": split, "examples": len(e)}
             if e.task.kind == "regression":
                 row |= {"mean (0 to 5)": float(e.labels.mean()), "sd": float(e.labels.std())}
@@ -50,7 +52,7 @@ class YourOwn(Plan):
     @property
     def texts(self) -> pd.DataFrame:
         """The first five training examples."""
-        e = specs.examples(self.specs[0])[0]
+        e = run_data.examples(self.specs[0])[0]
         names = e.task.labels
         said = [names[int(y)] if names else round(float(y), 2) for y in e.labels[:5]]
         second = {"second text": e.second[:5]} if e.second else {}

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from armada_lib.settings import TeacherSpec
+from armada_lib.teacher_settings import TeacherSpec
 
 
 class Teacher(Protocol):

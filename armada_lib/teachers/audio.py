@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from armada_lib import profiles
-from armada_lib.settings import AudioSpec
+from armada_lib import profiles, quiet
+from armada_lib.teacher_settings import AudioSpec
 from armada_lib.teachers import common
 from armada_lib.teachers.common import model, pretrained
 from armada_lib.teachers.sound import WIDTH, encoder
@@ -58,7 +58,7 @@ class AudioTeacher:
         self.spec, self.name, self.width = spec, spec.name, spec.width
         _check_settings(spec)
         self.fingerprint = fingerprint(spec, device)
-        with common.quiet():
+        with quiet.libraries():
             self.encoder = encoder(spec.encoder, spec.encoder_revision, spec.readout, device)
             self.voice = _Hibari(spec) if spec.checkpoint == PACKAGED else _SpeechT5(spec, device)
 
@@ -174,7 +174,7 @@ class _SpeechT5:
             texts, truncation=True, max_length=self.longest, padding=True, return_tensors="pt"
         ).to(self.device)
         cuda = [torch.device(self.device)] if torch.device(self.device).type == "cuda" else []
-        with torch.random.fork_rng(cuda), common.quiet():
+        with torch.random.fork_rng(cuda), quiet.libraries():
             torch.manual_seed(common.seed(RECIPE, "dropout"))
             spectra, lengths = self.model.generate_speech(
                 batch.input_ids,
@@ -194,7 +194,7 @@ class _SpeechT5:
         return waves
 
     def truncated(self, texts: list[str]) -> int:
-        with common.quiet():
+        with quiet.libraries():
             return sum(len(row) > self.longest for row in self.tokenizer(texts).input_ids)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from armada_lib import profiles
-from armada_lib.settings import BlackboxSpec
+from armada_lib.teacher_settings import BlackboxSpec
 from armada_lib.teachers import encoders, image, service
 from armada_lib.teachers.collection import Collection, store
 from armada_lib.teachers.common import check_texts, check_vectors, digest

@@ -1,20 +1,17 @@
-"""What all teachers share: seeds, checks of texts and vectors, quiet libraries, digests."""
+"""What all teachers share: seeds, checks of texts and vectors, digests."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from armada_lib import profiles
+from armada_lib import profiles, quiet
 
 # The parts of a diffusers pipeline that count; a model card or an evaluation beside them does not.
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "model_index.json", "text.json")
@@ -128,29 +125,6 @@ def count_longer(texts: list[str], tokenizer: Any, limit: int) -> int:
     """How many of `texts` have more than `limit` tokens."""
     if not texts:
         return 0
-    with quiet():
+    with quiet.libraries():
         ids = tokenizer(list(texts), truncation=False, verbose=False).input_ids
     return sum(len(row) > limit for row in ids)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Progress bars and advice of the libraries below, off; restored afterwards."""
-    import diffusers.utils.logging as diffusion
-    import transformers.utils.logging as text
-
-    before = [
-        (lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in (diffusion, text)
-    ]
-    for lib, _, _ in before:
-        lib.set_verbosity(logging.ERROR)
-        lib.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for lib, level, bar in before:
-            lib.set_verbosity(level)
-            if bar:
-                lib.enable_progress_bar()

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from armada_lib import profiles
+from armada_lib import profiles, quiet
 from armada_lib.teachers.common import identity as checkpoint_identity
-from armada_lib.teachers.common import quiet
 
 PIXELS = 64_000_000  # a larger picture is refused before it is unpacked
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "GIF": ".gif",
@@ -60,7 +59,7 @@ def get(reference: str, revision: str | None = None) -> Encoder:
         return FIXED[reference]
     from transformers import AutoConfig, CLIPVisionConfig
 
-    with quiet():
+    with quiet.libraries():
         config = _fetched(AutoConfig.from_pretrained, reference, revision)
         if config.model_type in ("clip", "clip_vision_model"):
             clip = _fetched(CLIPVisionConfig.from_pretrained, reference, revision)
@@ -195,7 +194,7 @@ def _pictures(
 ) -> Read:
     from transformers import AutoImageProcessor
 
-    with quiet():
+    with quiet.libraries():
         # Pillow's resizing everywhere: torchvision's, where it is installed, differs a little.
         prepare = _fetched(AutoImageProcessor.from_pretrained, reference, revision, backend="pil")
         model, found = _fetched(

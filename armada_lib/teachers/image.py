@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from armada_lib import profiles
-from armada_lib.settings import ImageSpec
+from armada_lib import profiles, quiet
+from armada_lib.teacher_settings import ImageSpec
 from armada_lib.teachers.common import (
     check_texts,
     count_longer,
@@ -32,7 +32,6 @@ from armada_lib.teachers.common import (
     identity,
     in_batches,
     precision,
-    quiet,
     seed,
 )
 
@@ -87,10 +86,10 @@ class ImageTeacher:
         self.spec, self.name, self.width, self.device = spec, spec.name, spec.width, device
         self.fingerprint = fingerprint(spec, device)
         self.precision = precision(device)
-        with quiet():
+        with quiet.libraries(diffusers=True):
             self.pipeline = _pipeline(spec, device, self.precision)
         self._check_width()
-        with torch.inference_mode(), quiet():
+        with torch.inference_mode(), quiet.libraries(diffusers=True):
             self._empty = self._states([""])
 
     def _check_width(self) -> None:
@@ -137,7 +136,7 @@ class ImageTeacher:
     @torch.inference_mode()
     def _run(self, texts: list[str], output_type: str) -> Any:
         spec, pipe = self.spec, self.pipeline
-        with quiet():
+        with quiet.libraries(diffusers=True):
             states = self._states(texts)
             call = dict(
                 prompt_embeds=states,

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
-import http.client
 import ipaddress
 import json
 import logging
 import os
 import random
-import ssl
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -26,7 +22,10 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from armada_lib.settings import BlackboxSpec
+import requests
+from urllib3.exceptions import HTTPError
+
+from armada_lib.teacher_settings import BlackboxSpec
 from armada_lib.teachers.encoders import NotReadable, picture
 
 if TYPE_CHECKING:
@@ -201,25 +200,26 @@ class Service:
     def _open(
         self, url: str, headers: dict[str, str], limit: int, body: bytes | None = None
     ) -> _Answer:
-        """One exchange, read in full within `timeout` seconds and `limit` bytes."""
+        """One exchange, read in full within `timeout` seconds and `limit` bytes; no redirect is followed."""
         end = time.monotonic() + self.spec.timeout
-        headers = headers | {"User-Agent": "armada-lib"}
+        headers = headers | {"User-Agent": "armada-lib", "Accept-Encoding": "identity"}
         problem = ""
         try:
-            request = urllib.request.Request(url, body, headers)
-            # What is meant for this machine must not pass through a proxy.
-            opener = _opener(proxies=not _loopback(url))
-            with opener.open(request, timeout=self.spec.timeout) as response:
+            with (
+                _session(url) as session,
+                session.request(
+                    "GET" if body is None else "POST", url, data=body, headers=headers, stream=True,
+                    timeout=(min(CONNECT, self.spec.timeout), self.spec.timeout), allow_redirects=False,
+                ) as response,
+            ):  # fmt: skip
                 parts, size = [], 0
-                while size <= limit and (part := response.read1(1 << 16)):
+                while size <= limit and (part := response.raw.read1(1 << 16, decode_content=True)):
                     parts.append(part)
                     size += len(part)
                     if time.monotonic() > end:
                         raise TimeoutError(f"not complete after {self.spec.timeout:g} s")
-                if size <= limit and response.length:
-                    raise ConnectionError(f"the answer broke off after {size:,} bytes")
-                answer = _Answer(response.status, response.headers, b"".join(parts))
-        except (OSError, http.client.HTTPException, ValueError) as e:
+                answer = _Answer(response.status_code, response.headers, b"".join(parts))
+        except (OSError, HTTPError, ValueError) as e:
             problem = f"{type(e).__name__}: {e}"
         if problem:  # raised here, so that no exception refers to one that knows the request
             raise _Trouble(self._hide(problem))
@@ -306,38 +306,9 @@ def _loopback(url: str) -> bool:
         return False
 
 
-class _Patience:
-    """Connects within CONNECT seconds; later steps have the timeout of the request."""
-
-    def connect(self: Any) -> None:
-        whole, self.timeout = self.timeout, min(CONNECT, self.timeout)
-        super().connect()  # type: ignore[misc]
-        self.sock.settimeout(whole)
-
-
-class _Http(_Patience, http.client.HTTPConnection):
-    pass
-
-
-class _Https(_Patience, http.client.HTTPSConnection):
-    pass
-
-
-class _Handler(urllib.request.AbstractHTTPHandler):
-    def http_open(self, req: Any) -> Any:
-        return self.do_open(_Http, req)
-
-    def https_open(self, req: Any) -> Any:
-        return self.do_open(_Https, req, context=ssl.create_default_context())
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-
-@functools.cache
-def _opener(proxies: bool) -> urllib.request.OpenerDirector:
-    """http and https only; a status is returned as it is and no redirect is followed."""
-    opener = urllib.request.OpenerDirector()
-    if proxies:
-        opener.add_handler(urllib.request.ProxyHandler())
-    opener.add_handler(_Handler())
-    return opener
+def _session(url: str) -> requests.Session:
+    """One that adds nothing to a request: no key from a .netrc in the place of ours."""
+    session = requests.Session()
+    session.auth = lambda request: request
+    session.trust_env = not _loopback(url)  # what is meant for this machine must not pass a proxy
+    return session

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from armada_lib import profiles
-from armada_lib.settings import TextSpec
+from armada_lib import profiles, quiet
+from armada_lib.teacher_settings import TextSpec
 from armada_lib.teachers import common
 
 RECIPE = "text-1"  # raise it when code below changes the vectors
@@ -37,7 +37,7 @@ class TextTeacher:
 
         self.name, self.width, self.batch_size = spec.name, spec.width, spec.batch_size
         self.fingerprint = fingerprint(spec, device)
-        with common.quiet():
+        with quiet.libraries():
             self.tokenizer = common.pretrained(AutoTokenizer, spec.checkpoint, spec.revision)
             self.model = common.model(AutoModel, spec.checkpoint, spec.revision, device)
         config = self.model.config

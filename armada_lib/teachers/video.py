@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from armada_lib import profiles
-from armada_lib.settings import VideoSpec
+from armada_lib import profiles, quiet
+from armada_lib.teacher_settings import VideoSpec
 from armada_lib.teachers import common
 from armada_lib.teachers.attention import NARROW, BroadcastAttention
 from armada_lib.teachers.common import missing
@@ -63,10 +63,10 @@ class VideoTeacher:
         self.spec, self.name, self.width, self.device = spec, spec.name, spec.width, device
         self.fingerprint = fingerprint(spec, device)
         self.precision = common.precision(device)
-        with common.quiet():
+        with quiet.libraries(diffusers=True):
             _check_settings(spec)
             self.pipeline = _pipeline(spec, device, self.precision)
-        with torch.inference_mode(), common.quiet():
+        with torch.inference_mode(), quiet.libraries(diffusers=True):
             self._empty = self._states([""])
 
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -101,7 +101,7 @@ class VideoTeacher:
     @torch.inference_mode()
     def _latents(self, texts: list[str]) -> torch.Tensor:
         """Final latents (n, channels, frames, h, w), drawn but not decoded."""
-        with common.quiet():
+        with quiet.libraries(diffusers=True):
             states = self._states(texts)
             return self.pipeline(
                 prompt_embeds=states,
