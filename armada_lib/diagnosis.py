@@ -92,11 +92,15 @@ def correlations(
     return pd.DataFrame(rows)
 
 
-def gradients(results: Iterable[Result]) -> pd.DataFrame:
-    """Gradient norm of each term on the encoder by arm, first and last epoch, and the scatter."""
+def gradients(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
+    """Gradient norm of each term on the encoder by arm, first and last epoch, and the scatter.
+
+    `results`: Results, or records of a file of runs (`results.read`).
+    """
     rows = []
     for r in results:
-        probes = r.facts["diagnostics"]["gradients"]
+        facts = r.facts if isinstance(r, Result) else r["facts"]
+        probes = facts["diagnostics"]["gradients"]
         name = arms(table([r]))["arm"].iloc[0]
         for when, probe in (("first", probes[0]), ("last", probes[-1])):
             terms = {LABEL[k]: v for k, v in probe["gradient"].items()}
