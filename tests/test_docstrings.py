@@ -295,3 +295,17 @@ def test_what_is_no_shape_is_not(text):
 )
 def test_sources_are_seen(text):
     assert SOURCE.search(f"of it {text}.") and not SOURCE.search("In 2020 of Tables, all A (2).")
+
+
+BASELINES = {
+    *("KD", "PKD", "RCO", "ContinuationKD", "DML", "ProKT", "Rail", "TinyBERT", "MetaDistil", "SFTNTeacher"),
+    *("ViLBERT", "VLBERT", "VisualBERT", "Vokenization", "VidLanKD", "VisualGuidance", "XAdapter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_a_baseline_says_its_source_and_what_is_unsure(name):
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in ROOT.glob("armada_lib/methods/*.py")]
+    (found,) = [n for t in trees for n in t.body if isinstance(n, Class) and n.name == name]
+    said = ast.get_docstring(found) or ""
+    assert re.search(r"\b(19|20)\d\d\b", said) and "Unsure: " in said

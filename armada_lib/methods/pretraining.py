@@ -82,7 +82,7 @@ class VisualBERT(_Regional):
     Source: Li, Yatskar, Yin, Hsieh and Chang (2019), and the authors' pre-training on COCO. There
     the picture stays and one of two captions is false half of the time: here a text has one
     picture, so the picture changes, to another of the batch. As there, regions have no position
-    and none is masked.
+    and none is masked. Unsure: how the numbers quoted for text tasks were made of it.
     """
 
     def make(self) -> dict[str, nn.Module]:
