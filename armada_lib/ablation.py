@@ -16,7 +16,7 @@ import pandas as pd
 from armada_lib import gentasks, profiles, report, run_data, stats
 from armada_lib.methods import METHODS
 from armada_lib.profiles import check
-from armada_lib.results import Result, RunSpec
+from armada_lib.results import Result, RunSpec, fields
 
 BASE = {"method": "armada", "manifold": "euclid", "reading": "paper"}
 SIGN = {"alpha": "α", "beta": "β", "gamma": "γ", "tau": "τ"}
@@ -123,7 +123,7 @@ def frame(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
     """
     results, told = list(results), {}
     for r in results:
-        spec, facts = (r.spec, r.facts) if isinstance(r, Result) else (r["spec"], r["facts"])
+        spec, facts = (fields(r)[part] for part in ("spec", "facts"))
         factor, level = _level(changes(spec))
         probes = [g["gradient"] for g in facts.get("diagnostics", {}).get("gradients", [])]
         pull = [g["manifold"] / g["task"] if g.get("manifold") and g.get("task") else math.nan

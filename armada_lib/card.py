@@ -41,8 +41,9 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         new = Path(beside) / "student"
+        student = runs.trained_student(s, store)
         with quiet.libraries():
-            runs.trained_student(s, store).save_pretrained(new)
+            student.save_pretrained(new)
             share = agreement(new, p, stored)
         if share < AGREE:
             raise RuntimeError(

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import rankdata, studentized_range
 
 from armada_lib import report, stats
-from armada_lib.results import Result
+from armada_lib.results import Result, fields
 
 NAMES = {"armada": "ARMADA", **report.BASELINES, **report.CONTROLS}
 
@@ -62,7 +62,7 @@ def choices(tried: Iterable[Result | dict[str, Any]], settings: Sequence[str]) -
     """
     rows = []
     for r in tried:
-        spec, scores = (r.spec, r.scores) if isinstance(r, Result) else (r["spec"], r["scores"])
+        spec, scores = (fields(r)[part] for part in ("spec", "scores"))
         name = NAMES.get(spec.method, spec.method)
         if spec.method == "armada":
             name += f" {report.LOSS.get(spec.manifold or '', '')}"
@@ -137,7 +137,7 @@ def costs(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
     """
     rows = []
     for r in results:
-        spec, facts = (r.spec, r.facts) if isinstance(r, Result) else (r["spec"], r["facts"])
+        spec, facts = (fields(r)[part] for part in ("spec", "facts"))
         if not facts.get("steps"):
             continue
         stage = facts.get("stage", {})

@@ -13,7 +13,7 @@ import pandas as pd
 
 from armada_lib import stats, tasks
 from armada_lib.report import LOSS, arms, table
-from armada_lib.results import Result
+from armada_lib.results import Result, fields
 
 LABEL = {"task": "task", "aux_task": "aux. task", "soft": "matching", "aux_soft": "aux. matching",
          "manifold": "manifold"}  # fmt: skip
@@ -99,8 +99,7 @@ def gradients(results: Iterable[Result | dict[str, Any]]) -> pd.DataFrame:
     """
     rows = []
     for r in results:
-        facts = r.facts if isinstance(r, Result) else r["facts"]
-        probes = facts["diagnostics"]["gradients"]
+        probes = fields(r)["facts"]["diagnostics"]["gradients"]
         name = arms(table([r]))["arm"].iloc[0]
         for when, probe in (("first", probes[0]), ("last", probes[-1])):
             terms = {LABEL[k]: v for k, v in probe["gradient"].items()}

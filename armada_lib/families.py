@@ -20,7 +20,6 @@ class Family(NamedTuple):
     head: Callable[[Any], nn.Linear]
     pooling: str  # what the plain classification checkpoint does
     packs: bool  # its attention goes through transformers' attention interface
-    limit: str = "max_position_embeddings"
     last: Callable[..., torch.Tensor] | None = None  # its last layer, at the pooled tokens alone
 
 

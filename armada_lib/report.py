@@ -14,7 +14,7 @@ import pandas as pd
 
 from armada_lib import gentasks, profiles, stats, tasks
 from armada_lib.methods import TABLE_7, TABLE_8
-from armada_lib.results import Result
+from armada_lib.results import Result, fields
 
 LOSS = {"cosine": "cosine", "euclid": "Euclid", "elementwise": "element-wise"}
 CONTROLS = {
@@ -50,8 +50,7 @@ def table(results: Iterable[Result | dict[str, Any]], metric: str | None = None)
     """
     rows = []
     for r in results:
-        if isinstance(r, Result):
-            r = {"spec": r.spec, "metric": r.metric, "scores": r.scores, "facts": r.facts}
+        r = fields(r)
         s, facts = r["spec"], r["facts"]
         known = {r["metric"]: r["scores"], **facts.get("also", {})}
         name = metric or r["metric"]

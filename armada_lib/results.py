@@ -295,6 +295,13 @@ def result_of(body: dict[str, Any], arrays: dict[str, np.ndarray]) -> Result:
     )  # fmt: skip
 
 
+def fields(r: Result | dict[str, Any]) -> dict[str, Any]:
+    """`spec`, `metric`, `scores` and `facts` of a Result, or of a record that `read` gives."""
+    if isinstance(r, Result):
+        return {"spec": r.spec, "metric": r.metric, "scores": r.scores, "facts": r.facts}
+    return r
+
+
 def export(results: Iterable[Result | dict[str, Any]], path: str | Path) -> None:
     """Write Results, or records read before, as evidence to be committed: one JSON line each,
     sorted, without arrays. Of two with one key the later stays.
