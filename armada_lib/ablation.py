@@ -187,7 +187,11 @@ def differences(df: pd.DataFrame) -> pd.DataFrame:
 def names(found: pd.DataFrame) -> dict[tuple[str, str], str]:
     """A name for every (factor, level) of a table of `differences`, in its order."""
     keys = found[["factor", "level"]].drop_duplicates().itertuples(index=False, name=None)
-    return {(f, v): f"{FACTORS[f].about}: {v}" if f in FACTORS else "the base" for f, v in keys}
+    return {key: _name(*key) for key in keys}
+
+
+def _name(factor: str, level: str) -> str:
+    return f"{FACTORS[factor].about}: {level}" if factor in FACTORS else "the base"
 
 
 def compare(df: pd.DataFrame) -> pd.DataFrame:
@@ -206,14 +210,14 @@ def compare(df: pd.DataFrame) -> pd.DataFrame:
         to_base = cell.get("base", [])
         test = stats.paired_t(to_base, [0.0] * len(to_base)) if len(to_base) > 2 else None
         p.append(test.p if test else math.nan)
-        about = FACTORS[factor] if factor in FACTORS else Factor("the base", "")
         rows.append({
-            "changed": about.about, "open point": about.register or "–", "to": level or "–",
+            "change": _name(factor, level),
+            "point": FACTORS[factor].register or "–" if level else "–",
             "minus base": gap(to_base), "p (Holm)": math.nan,
             "over undistilled": gap(cell.get("undistilled", [])),
             "over shuffled": gap(cell.get("shuffled", [])),
             "pull": _pull(pull, factor, level),
-            "tasks": own["tasks"].max(), "seeds": own["seed"].nunique(),
+            "tasks × seeds": f"{own['tasks'].max()} × {own['seed'].nunique()}",
         })  # fmt: skip
     out = pd.DataFrame(rows)
     return out.assign(**{"p (Holm)": [math.nan, *stats.holm(p[1:])]})

@@ -21,8 +21,8 @@ from filelock import FileLock
 from torch import nn
 
 from armada_lib import profiles, quiet
-from armada_lib.batching import packed
 from armada_lib.families import Family, text_mean
+from armada_lib.packing import packed
 from armada_lib.profiles import StudentSpec
 from armada_lib.students import Student, StudentOutput
 

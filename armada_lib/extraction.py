@@ -69,7 +69,8 @@ def fill(
         return 0
     if profiles.load(profile).teacher(teacher).kind == "blackbox":
         load(profile, teacher).check(missing)
-    step = max(64, math.ceil(len(missing) / (workers * 4)))
+    # many parts, so that the bar moves while a teacher paints; not too many: each opens the store
+    step = max(64, math.ceil(len(missing) / max(64, workers * 4)))
     parts = [missing[i : i + step] for i in range(0, len(missing), step)]
     if workers <= 1 or len(parts) == 1:
         return _fill(profile, teacher, missing, store.root, progress)

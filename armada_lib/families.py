@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from armada_lib.batching import pooled_attention
+from armada_lib.packing import pooled_attention
 
 
 class Family(NamedTuple):

@@ -26,6 +26,26 @@ def write(frames: Mapping[str, pd.DataFrame], path: str | Path) -> Path:
     return write_text(Path(path), "{\n" + ",\n".join(blocks) + "\n}\n")
 
 
+def merge(old: Mapping[str, pd.DataFrame], new: Mapping[str, pd.DataFrame]) -> Frames:
+    """The frames of `new`, after those rows of `old` that are about other tasks.
+
+    A task is whole in one of the two: its rows in `old` are left out if any frame of `new` has it.
+    Frames without a column `task` say what both have in common; ValueError where they differ.
+    """
+    tasks = {t for frame in new.values() if "task" in frame for t in frame["task"]}
+    found = {}
+    for name, frame in new.items():
+        before = old.get(name, frame.iloc[:0])
+        if "task" in frame:
+            rest = before[~before["task"].isin(tasks)]
+            found[name] = pd.concat([rest, frame], ignore_index=True) if len(rest) else frame
+        elif not before.equals(frame):
+            raise ValueError(f"{name}: {before.to_dict()} and {frame.to_dict()} do not go together")
+        else:
+            found[name] = frame
+    return found
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, bool | np.bool_):
         return bool(value)

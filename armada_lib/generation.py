@@ -22,8 +22,8 @@ from torch.utils.mkldnn import MkldnnLinear
 from tqdm import tqdm
 
 from armada_lib import answers
-from armada_lib.batching import PACKED
 from armada_lib.decoders import Decoder
+from armada_lib.packing import PACKED
 from armada_lib.sequences import sequences
 
 

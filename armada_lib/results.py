@@ -7,18 +7,15 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 
@@ -133,43 +130,6 @@ class Result:
             "environment": self.environment,
             "predictions": listed,
         }
-
-
-@cache
-def environment() -> dict[str, Any]:
-    """What the numbers were computed with; nothing that names a person or a folder."""
-    import transformers
-
-    cpu = "unknown"
-    with contextlib.suppress(OSError):
-        lines = open("/proc/cpuinfo").read().splitlines()  # noqa: SIM115
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "system": platform.system(), "machine": platform.machine(), "cpu": cpu, "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }  # fmt: skip
-
-
-def peak_memory() -> Callable[[], float | None]:
-    """A function that returns the most memory held since, in MB, beyond what is held now.
-
-    On a GPU that of its tensors, on Linux the process's; elsewhere None, since it cannot be reset.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return lambda: (torch.cuda.max_memory_allocated() - before) / 2**20
-    status = Path("/proc/self/status")
-    read = lambda what: next(
-        int(x.split()[1]) / 1024 for x in status.read_text().splitlines() if x.startswith(what)
-    )
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the highest value so far
-        held = read("VmRSS")
-    except OSError:
-        return lambda: None
-    return lambda: max(0.0, read("VmHWM") - held)
 
 
 def _age(path: Path) -> float:

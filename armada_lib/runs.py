@@ -18,8 +18,9 @@ from armada_lib import encoding, engine, evaluation, mentors, profiles, starts, 
 from armada_lib.batching import Encoded
 from armada_lib.extraction import attach, every, extract, pool
 from armada_lib.gentasks import SUITES
+from armada_lib.machine import environment, peak_memory
 from armada_lib.methods import METHODS, Setting
-from armada_lib.results import Result, RunSpec, RunStore, environment, peak_memory
+from armada_lib.results import Result, RunSpec, RunStore
 from armada_lib.run_data import examples
 
 # -- one run -----------------------------------------------------------------------------------

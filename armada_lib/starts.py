@@ -22,8 +22,9 @@ from torch import Tensor
 from armada_lib import encoding, engine, profiles, run_data, specs
 from armada_lib.extraction import attach, every
 from armada_lib.files import Damaged, keep_tensors, kept_tensors
+from armada_lib.machine import peak_memory
 from armada_lib.methods import METHODS, Setting
-from armada_lib.results import RunSpec, RunStore, peak_memory
+from armada_lib.results import RunSpec, RunStore
 from armada_lib.students import Student
 
 log = logging.getLogger(__name__)

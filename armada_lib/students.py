@@ -18,8 +18,8 @@ import transformers
 from torch import nn
 
 from armada_lib import profiles, quiet
-from armada_lib.batching import PACKED, packed
 from armada_lib.families import FAMILIES, text_mean
+from armada_lib.packing import PACKED, packed
 from armada_lib.profiles import StudentSpec
 
 

@@ -37,8 +37,9 @@ from armada_lib.decoders import Decoder
 from armada_lib.engine import Trained
 from armada_lib.extraction import attach
 from armada_lib.files import write_tensors
+from armada_lib.machine import environment
 from armada_lib.methods import METHODS, Method, Setting
-from armada_lib.results import Result, RunSpec, RunStore, environment
+from armada_lib.results import Result, RunSpec, RunStore
 from armada_lib.sequences import Sequences, sequences
 
 SAMPLES = 5  # as Gu et al. (MiniLLM) sample

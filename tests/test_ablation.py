@@ -155,23 +155,27 @@ def test_differences_are_with_the_base_and_with_what_ran_under_the_same_setting(
 
 def test_the_table_of_changes_says_what_the_runs_say(project):
     df = ablation.frame(study(gain=1.0, over=3.0))
-    table = ablation.compare(df).set_index("changed")
-    row = table.loc[ablation.FACTORS["detach"].about]
+    table = ablation.compare(df).set_index("change")
+    row = table.loc[ablation.FACTORS["detach"].about + ": no"]
     t = stats.paired_t([1.0, 1.1, 1.2], [0, 0, 0])
     assert row["minus base"] == f"+1.1 [{t.low:+.1f}, {t.high:+.1f}]"
-    assert row["over shuffled"] == "–" and row["open point"] == "A10" and row["to"] == "no"
-    assert row["pull"] == "0.5 to 2" and (row["tasks"], row["seeds"]) == (2, 3)
+    assert row["over shuffled"] == "–" and row["point"] == "A10"
+    assert row["pull"] == "0.5 to 2" and row["tasks × seeds"] == "2 × 3"
     # of three levels one test could be made: batch size and reading differ by the same in each seed
     assert row["p (Holm)"] == pytest.approx(min(1, 3 * t.p))
     assert table.loc["the base", "minus base"] == "–" and math.isnan(
         table.loc["the base", "p (Holm)"]
     )
-    assert table.loc["batch size", "tasks"] == 1
+    assert table.loc["batch size: 4", "tasks × seeds"] == "1 × 3"
 
 
 def test_one_seed_has_no_interval(project):
     row = ablation.compare(ablation.frame(study(seeds=1))).iloc[1]
-    assert row["minus base"] == "+2.0" and math.isnan(row["p (Holm)"]) and row["seeds"] == 1
+    assert (
+        row["minus base"] == "+2.0"
+        and math.isnan(row["p (Holm)"])
+        and row["tasks × seeds"].endswith("× 1")
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from armada_lib.batching import Encoded, epoch, pack, packed_attention, plan
+from armada_lib.batching import Encoded, epoch, plan
+from armada_lib.packing import pack, packed_attention
 
 
 def data(n=50, per=1, seed=0, teacher=True):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 from looked import everything, numbers
 
-from armada_lib import plans, profiles, runs, specs, tasks, teachers
+from armada_lib import plans, profiles, report, runs, specs, tasks, teachers
 from armada_lib.gentasks import SUITES
 from armada_lib.methods import METHODS
 from armada_lib.profiles import Unknown
@@ -111,3 +112,40 @@ def test_committed_numbers_are_read_back_or_are_none(tmp_path, monkeypatch):
     first = (tmp_path / "x.json").read_bytes()
     plans.keep_analysis(results, found, "x")
     assert (tmp_path / "x.json").read_bytes() == first
+
+
+def test_tasks_are_kept_one_after_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(plans.evidence, "folder", lambda: tmp_path)
+
+    def keep(*seeds, task):
+        one = {"seeds": seeds, "tasks": (task,)}
+        plans.keep_analysis(everything(**one)[1], numbers(**one), "x")
+        runs, frames = plans.analysed("x")
+        there = {(r["spec"].task, r["spec"].seed) for r in runs.records}
+        said = {(report.title(t), s) for t, s in there}
+        for name, frame in frames.items():
+            if "seed" in frame:  # examples are of one seed
+                shown = set(zip(frame["task"], frame["seed"], strict=True))
+                assert shown <= said if name == "examples" else shown == said, name
+        return there, frames
+
+    one = keep(0, 1, task="cola")[1]
+    both, frames = keep(0, 1, task="copa")
+    assert both == {("cola", 0), ("cola", 1), ("copa", 0), ("copa", 1)}
+    for name, frame in one.items():
+        pd.testing.assert_frame_equal(frame, frames[name].iloc[: len(frame)], check_dtype=False)
+    assert list(frames["maps"]["task"].unique()) == ["CoLA", "COPA"]
+    # the runs and numbers of a task are replaced together, those of others stay
+    assert keep(2, task="cola")[0] == {("cola", 2), ("copa", 0), ("copa", 1)}
+
+
+def test_numbers_of_another_main_loss_are_not_mixed_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(plans.evidence, "folder", lambda: tmp_path)
+    one = {"seeds": (0,), "tasks": ("cola",)}
+    results, found = everything(**one)[1], numbers(**one)
+    plans.keep_analysis(results, found, "x")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    other = found | {"about": pd.DataFrame([{"main": "cosine"}])}
+    with pytest.raises(ValueError, match="about: .*euclid.* and .*cosine.* do not go together"):
+        plans.keep_analysis(results, other, "x")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

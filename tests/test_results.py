@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError, create_model
 from safetensors import safe_open
 
-from armada_lib import profiles, results
+from armada_lib import machine, profiles, results
 from armada_lib.profiles import Training
 from armada_lib.results import Result, RunSpec, RunStore
 
@@ -369,7 +369,7 @@ def test_a_setting_added_later_leaves_old_keys_valid():
 
 
 def test_peak_memory_is_what_was_held_beyond_the_start():
-    memory = results.peak_memory()
+    memory = machine.peak_memory()
     assert (small := memory()) is None or small < 50
     held = np.ones((100, 2**17))  # 100 MiB
     assert small is None or 95 < memory() < 250

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armada_lib.batching import _padded
 from armada_lib.families import text_mean
+from armada_lib.packing import padded
 from armada_lib.students import Student
 
 WATCHED = ("bert",)
@@ -158,7 +158,7 @@ class Watch:
         if packing is not None:
             split = [x[0].split(packing.sizes) for x in (q, k)]
             groups = [
-                [_padded(x, g, self.heads, width) for x in both]
+                [padded(x, g, self.heads, width) for x in both]
                 for g, *both in zip(packing.groups, *split, strict=True)
             ]
         else:

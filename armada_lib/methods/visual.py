@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armada_lib.batching import Batch, Packing, pack
+from armada_lib.batching import Batch
 from armada_lib.methods.base import Method, Setting
 from armada_lib.methods.layers import bert
+from armada_lib.packing import Packing, pack
 from armada_lib.profiles import Training
 from armada_lib.students import Student
 

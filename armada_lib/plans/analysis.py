@@ -137,9 +137,16 @@ def _generating(
 
 
 def keep_analysis(results: Sequence[Result], frames: Frames, name: str) -> Path:
-    """Write runs to `book/results/<name>.jsonl` and their numbers to `book/results/<name>.json`."""
-    evidence.keep(results, name)
-    return frame_files.write(frames, evidence.folder() / f"{name}.json")
+    """Write runs to `book/results/<name>.jsonl` and their numbers to `book/results/<name>.json`.
+
+    Tasks may come one after another: those of other tasks stay, and of these tasks nothing that was
+    there before. ValueError, with nothing written, if the main loss is another one.
+    """
+    path = evidence.folder() / f"{name}.json"
+    if path.exists():
+        frames = frame_files.merge(frame_files.read(path), frames)
+    evidence.keep(results, name, whole=True)
+    return frame_files.write(frames, path)
 
 
 def analysed(name: str) -> tuple[evidence.Evidence, Frames] | None:

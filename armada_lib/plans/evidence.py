@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,15 @@ def folder() -> Path:
     return profiles.ROOT / "book" / "results"
 
 
-def keep(found: Iterable[Result], name: str) -> Path:
-    """Add Results to `book/results/<name>.jsonl`, one line a run; a run already there is replaced."""
+def keep(found: Sequence[Result], name: str, whole: bool = False) -> Path:
+    """Add Results to `book/results/<name>.jsonl`, one line a run; a run already there is replaced.
+
+    `whole`: these are all runs of their tasks, and those that were there before are replaced.
+    """
     path = folder() / f"{name}.jsonl"
-    old = {r["key"]: r for r in results.read(path)} if path.exists() else {}
-    results.export([*old.values(), *found], path)
+    old = results.read(path) if path.exists() else []
+    again = {r.spec.task for r in found} if whole else set()
+    results.export([*(r for r in old if r["spec"].task not in again), *found], path)
     return path
 
 
