@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from armada_lib import losses
+from armada_lib import losses, machine
 from armada_lib.batching import Encoded, epoch, plan
 from armada_lib.methods import Method, Phase
 from armada_lib.profiles import Training
@@ -45,17 +45,11 @@ def save_every() -> float:
     return float(os.environ.get("ARMADA_SAVE_EVERY", SAVE_EVERY))
 
 
-def precision(asked: str, device: torch.device | None = None) -> str:
-    """ "auto" -> "bf16" where the processor computes it natively, else "fp32"."""
+def precision(asked: str, device: str | torch.device = "cpu") -> str:
+    """ "auto" -> "bf16" where the device computes it natively, else "fp32"."""
     if asked != "auto":
         return asked
-    if device is not None and device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "fp32"
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+    return "bf16" if machine.bf16(device) else "fp32"
 
 
 class Optimiser:

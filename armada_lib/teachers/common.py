@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from armada_lib import profiles, quiet
+from armada_lib import machine, profiles, quiet
 
 # The parts of a diffusers pipeline that count; a model card or an evaluation beside them does not.
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "model_index.json", "text.json")
 
 
 def precision(device: str) -> str:
-    """fp16 on a GPU; on a CPU bf16 where the processor multiplies in bf16, else fp32."""
+    """fp16 on a GPU; on a CPU bf16 where the processor multiplies in bf16 itself, else fp32."""
     if torch.device(device).type == "cuda":
         return "fp16"
-    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
+    return "bf16" if machine.bf16() else "fp32"
 
 
 def digest(facts: dict[str, Any]) -> str:
