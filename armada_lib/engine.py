@@ -31,13 +31,17 @@ SAVE_EVERY = 300.0  # seconds between two states that a killed run can go on fro
 
 @dataclass
 class Trained:
-    """What a run leaves besides its weights. Curves are (steps,), NaN where undefined."""
+    """What a run leaves besides its weights. Curves are (steps,), NaN where undefined.
+
+    `seconds` of training in all, of which `earlier` before a kill.
+    """
 
     curves: dict[str, np.ndarray]
     epochs: list[dict[str, Any]]
     seconds: float
     steps: int
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    earlier: float = 0.0
 
 
 def save_every() -> float:
@@ -131,7 +135,9 @@ def train(
     centroid = losses.mean_row if world == 1 else _shared_centroid(acc)
 
     phases = method.schedule(t.epochs)
-    size = len(plan(data, t.batch_size * world, seed, 0, student.packs))
+    # a rest of fewer examples than processes is no batch: see `batching.epoch`
+    planned = plan(data, t.batch_size * world, seed, 0, student.packs)
+    size = sum(len(rows) >= world for rows in planned)
     count = lambda part: size * sum(p == "joint" or p == part for p in phases)
     names = {"student": student, **method.parts}
     optimisers = {
@@ -148,6 +154,14 @@ def train(
     run = Progress(steps=size * len(phases))
     if state is not None and state.exists():
         load(state, student, method, optimisers, run)
+    earlier = run.seconds
+
+    def save_if_due() -> None:
+        """The first process alone decides and writes, so that none waits for another."""
+        late = time.monotonic() - run.saved > save_every
+        if state is not None and acc.is_main_process and late:
+            save(state, student, method, optimisers, run)
+
     bar = tqdm(
         total=run.steps,
         initial=run.step,
@@ -191,15 +205,15 @@ def train(
             run.log.append({k: v.detach() for k, v in {**terms, "total": total, **norms}.items()})
             run.seconds += time.perf_counter() - began
             bar.update()
-            if state is not None and time.monotonic() - run.saved > save_every and run.step % size:
-                save(acc, state, student, method, optimisers, run)
+            if run.step % size:
+                save_if_due()
         run.flush(number, phase, size)
         if phase != "aligner" and t.select == "best" and evaluate is not None:
             run.keep_best(evaluate(), student, method)
         if after_epoch is not None:
             after_epoch(number)
-        if state is not None and time.monotonic() - run.saved > save_every and run.step < run.steps:
-            save(acc, state, student, method, optimisers, run)
+        if run.step < run.steps:
+            save_if_due()
     bar.close()
     if run.best is not None:
         restore(run.best, student, method)
@@ -213,6 +227,7 @@ def train(
         run.seconds,
         run.steps,
         {"gradients": run.probes, **method.facts()},
+        earlier,
     )
 
 

@@ -55,7 +55,7 @@ class Study(Strict):
     """A whole study; the first stage holds its primary contrasts.
 
     ValueError for a name that is none (of a profile, task, teacher or method), for a task without
-    seeds, and for two stages of one name.
+    seeds or with several labels an example, and for two stages of one name.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -69,7 +69,7 @@ class Study(Strict):
     def _known(self) -> Study:
         p = profiles.load(self.profile)
         for task in self.tasks:
-            check(task, TASKS, "task")
+            check(task, [t for t in TASKS if TASKS[t].kind != "multilabel"], "task of a study")
         for stage in self.stages:
             for task in stage.tasks:
                 check(task, self.tasks, f"task of stage {stage.name!r} among those with seeds")
@@ -118,7 +118,10 @@ def load(path: str | Path) -> Study:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of a study")
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as e:
+        raise ValueError(f"{path}: this is no YAML: {e}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a study is a mapping, got {type(raw).__name__}")
     try:
@@ -146,7 +149,8 @@ def _arms(stage: Stage, task: str, seed: int) -> Iterator[Cell]:
             entry = METHODS[method]
             yield Cell(
                 task, method, a.teacher if entry.vectors else None,
-                manifold if entry.vectors else None, reading if entry.distils else None,
+                manifold if entry.vectors and entry.distils else None,
+                reading if entry.distils else None,
                 seed, stage.name,
             )  # fmt: skip
 

@@ -178,7 +178,9 @@ def attach(
     if vectors == "random":  # normal, with the moments that the teacher's vectors have there
         centre, spread = np.zeros(width), np.ones(width)
         if not standardised:
-            centre, spread = features.moments(known.matrix(data[0][1]))
+            refused = refusals(s.profile, s.teacher, data[0][1])
+            given = [t for t in data[0][1] if t not in refused]
+            centre, spread = features.moments(known.matrix(given))
         for part, _ in data:
             noise = rng.standard_normal((len(part.tokens), width), np.float32)
             part.teacher = torch.from_numpy(noise * spread + centre).half()

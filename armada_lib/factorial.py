@@ -196,8 +196,8 @@ def judge(differences: Mapping[str, pd.Series], unit: str = "tasks") -> tuple[st
 def alike(arms: Mapping[str, pd.Series], margin: float = 1.0) -> tuple[str, str]:
     """(outcome, sentence): do all arms, each (task, seed) -> score, lie within `margin` points?
 
-    By the interval of every two arms' difference: all inside the margin is reproduced, one that
-    leaves out zero is not reproduced, else undecided; and undecided with fewer than three seeds.
+    By the interval of every two arms' difference: all inside the margin is reproduced; else one that
+    leaves out zero is not reproduced, and none undecided, as with fewer than three seeds.
     """
     names, parts, inside, apart, fewest = list(arms), [], True, False, math.inf
     for i, first in enumerate(names):
@@ -214,4 +214,4 @@ def alike(arms: Mapping[str, pd.Series], margin: float = 1.0) -> tuple[str, str]
     text = "In points: " + "; ".join(parts) + "."
     if not parts or fewest < 3:
         return "undecided", f"{text} With fewer than three seeds no interval decides anything."
-    return ("not reproduced" if apart else "reproduced" if inside else "undecided"), text
+    return ("reproduced" if inside else "not reproduced" if apart else "undecided"), text

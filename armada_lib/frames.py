@@ -36,9 +36,10 @@ def merge(old: Mapping[str, pd.DataFrame], new: Mapping[str, pd.DataFrame]) -> F
     found = {}
     for name, frame in new.items():
         before = old.get(name, frame.iloc[:0])
-        if "task" in frame:
-            rest = before[~before["task"].isin(tasks)]
-            found[name] = pd.concat([rest, frame], ignore_index=True) if len(rest) else frame
+        if "task" in frame or "task" in before or frame.empty:  # no rows may mean no columns, too
+            rest = before[~before["task"].isin(tasks)] if "task" in before else before.iloc[:0]
+            parts = [f for f in (rest, frame) if len(f)]
+            found[name] = pd.concat(parts, ignore_index=True) if parts else frame
         elif not before.equals(frame):
             raise ValueError(f"{name}: {before.to_dict()} and {frame.to_dict()} do not go together")
         else:

@@ -217,7 +217,10 @@ class RunStore:
             raise
 
     def load(self, key: str) -> Result | None:
-        """The Result, or None if it is absent or damaged (then it is set aside)."""
+        """The Result, or None if it is absent or damaged (then it is set aside).
+
+        Raises OSError if it is there and cannot be read now.
+        """
         home = self.runs / key
         if not home.is_dir():
             return None
@@ -229,18 +232,28 @@ class RunStore:
             if _sha(home / "arrays.safetensors") != body["arrays"]:
                 raise ValueError("arrays.safetensors does not match its digest")
             arrays = load_file(home / "arrays.safetensors")
-            return result_of(body, arrays)
+            found = result_of(body, arrays)
+            if found.spec.key != key:
+                raise ValueError("it is of another specification")
+            return found
+        except FileNotFoundError as e:
+            self._set_aside(key, e)
+        except (OSError, MemoryError):  # nothing is known of the Result
+            raise
         except Exception as e:  # noqa: BLE001  (whatever is wrong with it, it must not be used)
-            aside = self.runs / f".damaged-{key}-{uuid.uuid4().hex[:8]}"
-            log.warning(
-                "stored run %s is damaged (%s): set aside as %s and computed again",
-                key,
-                e,
-                aside.name,
-            )
-            with contextlib.suppress(FileNotFoundError):  # another worker has set it aside
-                home.rename(aside)
-            return None
+            self._set_aside(key, e)
+        return None
+
+    def _set_aside(self, key: str, why: Exception) -> None:
+        aside = self.runs / f".damaged-{key}-{uuid.uuid4().hex[:8]}"
+        log.warning(
+            "stored run %s is damaged (%s): set aside as %s and computed again",
+            key,
+            why,
+            aside.name,
+        )
+        with contextlib.suppress(FileNotFoundError):  # another worker has set it aside
+            (self.runs / key).rename(aside)
 
     def __contains__(self, spec: RunSpec) -> bool:
         return (self.runs / spec.key / "result.json").exists()
@@ -250,9 +263,18 @@ def result_of(body: dict[str, Any], arrays: dict[str, np.ndarray]) -> Result:
     """A Result from its stored parts."""
     pick = lambda p: {k[len(p) :]: v for k, v in arrays.items() if k.startswith(p)}
     return Result(
-        RunSpec(**body["spec"]), body["metric"], body["scores"], pick("outputs/"), arrays["labels"],
+        _spec(body["spec"]), body["metric"], body["scores"], pick("outputs/"), arrays["labels"],
         pick("curves/"), body["facts"], body["environment"],
     )  # fmt: skip
+
+
+def _spec(raw: dict[str, Any]) -> RunSpec:
+    """A stored specification. What a later version added has its default there, or the key would be
+    another one; here it is left out.
+    """
+    known = {k: v for k, v in raw.items() if k in RunSpec.model_fields}
+    training = {k: v for k, v in raw["training"].items() if k in Training.model_fields}
+    return RunSpec(**known | {"training": training})
 
 
 def fields(r: Result | dict[str, Any]) -> dict[str, Any]:

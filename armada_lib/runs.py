@@ -19,7 +19,7 @@ from armada_lib.batching import Encoded
 from armada_lib.extraction import attach, every, extract, pool
 from armada_lib.gentasks import SUITES
 from armada_lib.machine import environment, peak_memory
-from armada_lib.methods import METHODS, Setting
+from armada_lib.methods import METHODS, Method, Setting
 from armada_lib.results import Result, RunSpec, RunStore
 from armada_lib.run_data import examples
 
@@ -36,21 +36,32 @@ def run(
     """The stored Result of `s`, or compute and store it.
 
     Safe beside other workers (one computes, the others wait), and a killed run goes on from its
-    last state. Under `accelerate launch` all processes call this together; ValueError if a mentor
-    or start that it needs is not there yet. Raises `filelock.Timeout` instead of waiting for
-    another worker, if `wait` is False.
+    last state. Under `accelerate launch` all processes call this together; ValueError if `s` is of
+    another number of processes, or if a mentor or start that it needs is not there yet. Raises
+    `filelock.Timeout` instead of waiting for another worker, if `wait` is False.
     """
     store = store or RunStore()
     if (found := store.load(s.key)) is not None:
         return found
     store.check()
     main = accelerator is None or accelerator.is_main_process
-    if accelerator is not None and accelerator.num_processes > 1 and mentors.lacking([s], store):
+    world = 1 if accelerator is None else accelerator.num_processes
+    if s.processes != world:  # the batch of all of them together is another
+        raise ValueError(
+            f"{s.label}: the specification is of {s.processes} processes, not of {world}; make it with "
+            f"`specs.spec(..., processes={world})`"
+        )
+    if world > 1 and mentors.lacking([s], store):
         raise ValueError(
             f"{s.label}: its mentor is not there yet; make it in one process first, with "
             "`mentors.prepare([spec], RunStore(), runs.compute)`"
         )
-    if accelerator is not None and accelerator.num_processes > 1 and starts.lacking([s], store):
+    if world > 1 and s.task in SUITES and tuning.lacking(s, store):
+        raise ValueError(
+            f"{s.label}: its mentor's responses are not there yet; make them in one process first, "
+            "with `tuning.build(spec, RunStore())`"
+        )
+    if world > 1 and starts.lacking([s], store):
         raise ValueError(
             f"{s.label}: its start is not there yet; make it in one process first, with "
             "`starts.prepare([spec], RunStore())`"
@@ -131,17 +142,15 @@ def compute(
     if look:
         look("before", student, method, tr, ev)
     bf16 = s.training.precision == "bf16"
-    said = lambda: evaluation.predict(student, method, ev, bf16)
     score = lambda name, o: evaluation.metric(name, o, held.labels, s.training.threshold)
-    judge = lambda: score(held.task.metric, said()["student"])
     trained = engine.train(
-        student, method, tr, s.training, s.seed, accelerator, judge, state or store.state(s.key),
-        save_every=engine.save_every(), progress=progress,
+        student, method, tr, s.training, s.seed, accelerator, _judge(s, student, method, ev),
+        state or store.state(s.key), save_every=engine.save_every(), progress=progress,
         after_epoch=functools.partial(after_epoch, student) if after_epoch else None,
     )  # fmt: skip
     if look:
         look("after", student, method, tr, ev)
-    outputs = said()
+    outputs = evaluation.predict(student, method, ev, bf16)
     scores = {head: score(held.task.metric, o) for head, o in outputs.items()}
     if held.task.also:
         facts["also"] = {
@@ -153,7 +162,7 @@ def compute(
         "epochs": trained.epochs,
         "steps": trained.steps,
         "train_seconds": round(trained.seconds, 2),
-        "seconds": round(time.perf_counter() - began, 2),
+        "seconds": round(time.perf_counter() - began + trained.earlier, 2),
         "peak_memory": memory(),
     }
     return Result(
@@ -161,13 +170,33 @@ def compute(
     )
 
 
+def _judge(
+    s: RunSpec, student: students.Student, method: Method, ev: Encoded
+) -> Callable[[], float]:
+    """The student's score as it stands, by the task's first metric: for `Training.select` "best"."""
+    held, bf16 = examples(s)[1], s.training.precision == "bf16"
+    said = lambda: evaluation.predict(student, method, ev, bf16)["student"]
+    return lambda: evaluation.metric(held.task.metric, said(), held.labels, s.training.threshold)
+
+
 def trained_student(s: RunSpec, store: RunStore | None = None) -> students.Student:
-    """Train as `s` says and return the student itself, ready for `save_pretrained`."""
+    """Train as `s` says and return the student itself, ready for `save_pretrained`.
+
+    The student is the one that the run's Result is of; a killed call goes on from its last state.
+    """
     store = store or RunStore()
     store.check()
     prepare([s], store)
-    student, method, tr = tuning.build(s, store)[:3] if s.task in SUITES else build(s, store)[:3]
-    engine.train(student, method, tr, s.training, s.seed)
+    judge = None
+    if s.task in SUITES:
+        student, method, tr, _ = tuning.build(s, store)
+    else:
+        student, method, tr, ev, _ = build(s, store)  # type: ignore[assignment]
+        judge = _judge(s, student, method, ev)
+    engine.train(
+        student, method, tr, s.training, s.seed, evaluate=judge,
+        state=store.state(f"student-{s.key}"), save_every=engine.save_every(),
+    )  # fmt: skip
     student.expand()
     return student
 

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -92,7 +91,6 @@ def restore(saved: dict[str, Tensor], student: Student, method: Method) -> None:
 
 
 def save(
-    acc: Accelerator,
     path: Path,
     student: Student,
     method: Method,
@@ -102,20 +100,18 @@ def save(
     """All that the rest of the run depends on, in one file that is complete or absent."""
     run.flush()
     run.saved = time.monotonic()
-    if acc.is_main_process:
-        tensors = {f"w/{k}": v.detach().cpu().contiguous() for k, v in weights(student, method)}
-        for name, o in opts.items():
-            for i, p in enumerate(o.params):
-                tensors |= {
-                    f"o/{name}/{i}/{k}": v.detach().cpu().contiguous()
-                    for k, v in o.adam.state.get(p, {}).items()
-                }
-        if run.best is not None:
-            tensors |= {f"b/{k}": v for k, v in run.best.items()}
-        kept = {k: getattr(run, k) for k in KEPT}
-        kept["rates"] = {n: o.rate.last_epoch for n, o in opts.items()}
-        write_tensors(path, tensors, {"run": json.dumps(kept)}, "the state of this run")
-    acc.wait_for_everyone()
+    tensors = {f"w/{k}": v.detach().cpu().contiguous() for k, v in weights(student, method)}
+    for name, o in opts.items():
+        for i, p in enumerate(o.params):
+            tensors |= {
+                f"o/{name}/{i}/{k}": v.detach().cpu().contiguous()
+                for k, v in o.adam.state.get(p, {}).items()
+            }
+    if run.best is not None:
+        tensors |= {f"b/{k}": v for k, v in run.best.items()}
+    kept = {k: getattr(run, k) for k in KEPT}
+    kept["rates"] = {n: o.rate.last_epoch for n, o in opts.items()}
+    write_tensors(path, tensors, {"run": json.dumps(kept)}, "the state of this run")
 
 
 def load(

@@ -97,7 +97,7 @@ def _responses(s: RunSpec, store: RunStore) -> list[Item]:
     m = specs.mentor_of(s)
     home, items = store.root / "mentors" / m.key, run_data.suite(s).train
     with store.lock(f"mentor-{m.key}"):
-        said = _kept(m, items, home / "responses.jsonl")
+        said = _said_by(m, store)
         if said is None:
             mentor, method, data, _ = build(m, store)
             _trained(
@@ -115,6 +115,16 @@ def _responses(s: RunSpec, store: RunStore) -> list[Item]:
     if not (left := [i for i in found if i.response]):
         raise ValueError(f"{s.label}: the mentor {m.student} answered none of the training prompts")
     return left
+
+
+def _said_by(m: RunSpec, store: RunStore) -> list[str] | None:
+    """A mentor's responses to the training items; None if one is missing."""
+    return _kept(m, run_data.suite(m).train, store.root / "mentors" / m.key / "responses.jsonl")
+
+
+def lacking(s: RunSpec, store: RunStore) -> bool:
+    """Whether `s` learns from a mentor's responses that are not all there."""
+    return s.mentor is not None and _said_by(specs.mentor_of(s), store) is None
 
 
 def _prompts(s: RunSpec, tokenizer: Any, items: list[Item]) -> list[str]:
@@ -154,7 +164,8 @@ def compute(
     )  # fmt: skip
     scores, outputs, unparsed = {}, {}, {}
     for name, items in run_data.suite(s).tests.items():
-        every = answer(s, student, items, kept / f"{name}.jsonl", progress)
+        with store.lock(f"answers-{s.key}"):  # of several processes one answers, the others read
+            every = answer(s, student, items, kept / f"{name}.jsonl", progress)
         found = [gentasks.score(name, one, items) for one in every]
         outputs[name] = np.mean([f.each for f in found], axis=0)
         scores[name], unparsed[name] = float(outputs[name].mean()), [f.unparsed for f in found]
@@ -164,7 +175,7 @@ def compute(
         "behaviour": _behaviour(unparsed, len(each)),
         "diagnostics": trained.diagnostics, "epochs": trained.epochs, "steps": trained.steps,
         "train_seconds": round(trained.seconds, 2),
-        "evaluation": len(each), "seconds": round(time.perf_counter() - began, 2),
+        "evaluation": len(each), "seconds": round(time.perf_counter() - began + trained.earlier, 2),
     }  # fmt: skip
     (kept / "trained.safetensors").unlink(missing_ok=True)
     metric = "rougeL" if gentasks.TASKS[s.task].parse == "text" else "accuracy"
@@ -245,7 +256,8 @@ def _trained(path: Path, student: Decoder, method: Method, train: Callable[[], T
             device = next(student.parameters()).device
             pick = lambda p: {k[2:]: v for k, v in tensors.items() if k.startswith(p)}
             state.restore({k: v.to(device) for k, v in pick("w/").items()}, student, method)
-            return Trained({k: v.numpy() for k, v in pick("c/").items()}, **rest)
+            curves = {k: v.numpy() for k, v in pick("c/").items()}
+            return Trained(curves, **rest, earlier=rest["seconds"])
         except (SafetensorError, KeyError, ValueError):
             path.unlink(missing_ok=True)
     found = train()

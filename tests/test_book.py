@@ -140,7 +140,7 @@ def test_glossary_is_in_order_and_links_lead_to_it():
     text = (ROOT / "book" / "notation.md").read_text(encoding="utf-8")
     (glossary,) = re.findall(r"````\{glossary\}\n(.*?)````", text, flags=re.S)
     terms = re.findall(r"^(?! )(\S.*)$", glossary, flags=re.M)
-    assert len(terms) > 30 and terms == sorted(terms)
+    assert len(terms) > 30 and terms == sorted(terms, key=str.casefold)
     for page in [*(ROOT / "book").glob("*.md"), *PAGES]:
         for link in re.findall(r"\{term\}`([^`]+)`", page.read_text(encoding="utf-8")):
             named = re.sub(r".*<(.*)>", r"\1", link)

@@ -234,6 +234,38 @@ def test_a_killed_run_ends_as_an_unkilled_one(
     for name, curve in t0.curves.items():
         np.testing.assert_array_equal(curve, t1.curves[name])
     assert not state.exists()
+    assert t0.earlier == 0 and 0 < t1.earlier < t1.seconds  # what the killed attempt had cost
+
+
+class Half:
+    """One of two processes that hold the same, as far as the engine asks."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, index):
+        self.process_index, self.is_main_process = index, index == 0
+
+    def reduce(self, x, how):
+        return x
+
+    def wait_for_everyone(self):
+        pytest.fail("a process waits, and the others may be elsewhere")
+
+
+def test_a_rest_of_fewer_examples_than_processes_ends_no_run_too_late(checkpoints):
+    # 33 examples in batches of 2 x 8: the last one is left out, or one process would have none
+    _, _, t = experiment(checkpoints["bert"], n=33, run={"accelerator": Half(0)})
+    assert t.steps == 2 * 2 and len(t.epochs) == 2
+    assert np.isfinite(t.curves["total"]).all() and len(t.curves["total"]) == t.steps
+
+
+def test_the_first_process_alone_saves_and_none_waits(checkpoints, tmp_path, monkeypatch):
+    saved, save = [], engine.save
+    monkeypatch.setattr(engine, "save", lambda path, *a: saved.append(path) or save(path, *a))
+    for index in (0, 1):
+        run = {"accelerator": Half(index), "state": tmp_path / f"{index}", "save_every": 0.0}
+        experiment(checkpoints["bert"], run=run)
+    assert saved and set(saved) == {tmp_path / "0"}
 
 
 def test_a_damaged_state_is_not_used(checkpoints, tmp_path):

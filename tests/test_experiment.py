@@ -127,7 +127,8 @@ def test_a_cell_says_no_more_than_its_run_uses(own):
         ({"stages": []}, "stages: "),
         ({"stages": TINY["stages"] * 2}, "each stage needs a name of its own"),
         ({"stages": [TINY["stages"][0] | {"tasks": ["rte"]}]}, "'rte'"),
-        ({"tasks": TINY["tasks"] | {"colla": {"seeds": [1]}}}, "unknown task 'colla'"),
+        ({"tasks": TINY["tasks"] | {"colla": {"seeds": [1]}}}, "unknown task of a study 'colla'"),
+        ({"tasks": TINY["tasks"] | {"mmimdb": {"seeds": [1]}}}, "unknown task of a study 'mmimdb'"),
         ({"tasks": {"cola": {"seeds": []}, "copa": {"seeds": [1]}}}, "tasks.cola.seeds"),
         ({"seeds": [1]}, "seeds: Extra inputs"),
         ({"stages": [TINY["stages"][0] | {"arms": [{"methods": ["armda"]}]}]}, "method 'armda'"),
@@ -143,6 +144,20 @@ def test_a_bad_file_is_one_line_before_any_work(project, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as e:
         cli.main(["study", str(path), "--store", str(tmp_path / "s")])
     assert message in str(e.value.code) and "\n" not in str(e.value.code)
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text("stages: [a, {b")
+    with pytest.raises(ValueError, match=r"small\.yaml: this is no YAML"):
+        experiment.load(path)
+
+
+def test_a_method_without_loss_weights_has_no_manifold_loss(own):
+    arms = [{"methods": ["visual_guidance", "armada"], "manifolds": ["cosine"]}]
+    study = experiment.Study(**TINY | {"stages": [TINY["stages"][0] | {"arms": arms}]})
+    found = {c.method: (c.manifold, c.teacher) for c in experiment.cells(study)}
+    assert found == {"visual_guidance": (None, "sd14"), "armada": ("cosine", "sd14")}
 
 
 # ---------------------------------------------------------------------------- again

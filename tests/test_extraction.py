@@ -199,6 +199,11 @@ def test_texts_that_a_black_box_refused_are_trained_on_with_the_mean(project, tm
     there, own = np.flatnonzero(train.where >= 0), np.flatnonzero(train.where < 0)
     mean = train.vectors(there).mean(0)
     torch.testing.assert_close(train.vectors(own)[0], mean, atol=2e-3, rtol=2e-3)
+    noise = specs.spec("boxed", "cola", "random", teacher="box", reading="released")
+    _, _, drawn, _, _ = runs.build(noise, store)  # with the moments of the vectors that are there
+    torch.testing.assert_close(
+        drawn.teacher.float().mean(), train.vectors(there).mean(), atol=0.1, rtol=0.1
+    )
 
 
 def test_a_text_without_a_file_stops_before_any_work(project, tmp_path, monkeypatch):

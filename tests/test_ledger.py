@@ -281,7 +281,7 @@ class Half:
     name, said = "invented", "profile cpu; invented"
     levels = {"alpha": [0.0, 0.5], "beta": [0.0, 1.0], "gamma": [0.0, 1.0], "manifold": ["euclid"]}  # noqa: RUF012
 
-    def __init__(self, seeds: int = 3):
+    def __init__(self, seeds: int = 3, shuffled: float = 1.0):
         rng, rows = np.random.default_rng(0), []
         for task, seed in itertools.product(("cola", "rte"), range(seeds)):
             common = {"task": task, "title": task, "suite": task, "seed": seed, "head": "student",
@@ -304,6 +304,10 @@ class Half:
                     "level": "" if base else report.LOSS[loss], "beta": 0.1, "gamma": 1.0,
                     "score": 50 + gain + 0.1 * rng.normal(),
                 })  # fmt: skip
+            last = next(
+                r for r in reversed(rows) if r["factor"] == "base" and r["method"] == "armada"
+            )
+            rows.append(last | {"method": "shuffled", "score": 50 + shuffled + 0.1 * rng.normal()})
         self.frame = pd.DataFrame(rows)
 
 
@@ -314,6 +318,10 @@ def test_weights_are_judged_in_the_direction_that_is_claimed(monkeypatch):
     assert analyses.weights("x", up=["beta"], down=["alpha"]).outcome == "reproduced"
     assert analyses.weights("x", up=["alpha"]).outcome == "not reproduced"
     assert analyses.weights("x", up=["beta"], generates=True) is None
+    # a gain from beta that the shuffled teacher gives as well is none of the teacher
+    monkeypatch.setattr(plans, "ablated", lambda name: (Half(shuffled=3.0), None))
+    assert analyses.weights("x", up=["beta"]).outcome != "reproduced"
+    assert analyses.weights("x", down=["alpha"]).outcome == "reproduced"
     monkeypatch.setattr(plans, "ablated", lambda name: (Half(seeds=2), None))
     assert analyses.weights("x", up=["beta"]).outcome == "undecided"
 

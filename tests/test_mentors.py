@@ -470,7 +470,9 @@ def test_several_processes_need_a_mentor_that_is_there(school):
         def wait_for_everyone(self):
             raise Killed  # it came as far as training
 
-    s = spec("kd")
+    with pytest.raises(ValueError, match="is of 1 processes, not of 2"):
+        runs.run(spec("kd"), accelerator=Two())
+    s = spec("kd", processes=2)
     with pytest.raises(ValueError, match="make it in one process first"):
         runs.run(s, accelerator=Two())
     ready(s)

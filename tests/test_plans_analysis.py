@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from looked import everything, numbers
 
-from armada_lib import plans, profiles, report, runs, specs, tasks, teachers
+from armada_lib import frames, plans, profiles, report, runs, specs, tasks, teachers
 from armada_lib.gentasks import SUITES
 from armada_lib.methods import METHODS
 from armada_lib.profiles import Unknown
@@ -120,23 +120,34 @@ def test_tasks_are_kept_one_after_another(tmp_path, monkeypatch):
     def keep(*seeds, task):
         one = {"seeds": seeds, "tasks": (task,)}
         plans.keep_analysis(everything(**one)[1], numbers(**one), "x")
-        runs, frames = plans.analysed("x")
+        runs, found = plans.analysed("x")
         there = {(r["spec"].task, r["spec"].seed) for r in runs.records}
         said = {(report.title(t), s) for t, s in there}
-        for name, frame in frames.items():
+        for name, frame in found.items():
             if "seed" in frame:  # examples are of one seed
                 shown = set(zip(frame["task"], frame["seed"], strict=True))
                 assert shown <= said if name == "examples" else shown == said, name
-        return there, frames
+        return there, found
 
     one = keep(0, 1, task="cola")[1]
-    both, frames = keep(0, 1, task="copa")
+    both, merged = keep(0, 1, task="copa")
     assert both == {("cola", 0), ("cola", 1), ("copa", 0), ("copa", 1)}
     for name, frame in one.items():
-        pd.testing.assert_frame_equal(frame, frames[name].iloc[: len(frame)], check_dtype=False)
-    assert list(frames["maps"]["task"].unique()) == ["CoLA", "COPA"]
+        pd.testing.assert_frame_equal(frame, merged[name].iloc[: len(frame)], check_dtype=False)
+    assert list(merged["maps"]["task"].unique()) == ["CoLA", "COPA"]
     # the runs and numbers of a task are replaced together, those of others stay
     assert keep(2, task="cola")[0] == {("cola", 2), ("copa", 0), ("copa", 1)}
+
+
+def test_frames_without_rows_are_merged():
+    """Where two students are right on the same examples there is none of a scenario to show."""
+    about, none = pd.DataFrame([{"main": "euclid"}]), pd.DataFrame([])
+    one = lambda task: {"about": about, "examples": pd.DataFrame([{"task": task, "seed": 0}])}
+    empty = {"about": about, "examples": none}
+    assert frames.merge(one("CoLA"), empty)["examples"]["task"].tolist() == ["CoLA"]
+    assert frames.merge(empty, one("COPA"))["examples"]["task"].tolist() == ["COPA"]
+    assert frames.merge(one("CoLA"), one("COPA"))["examples"]["task"].tolist() == ["CoLA", "COPA"]
+    assert frames.merge(empty, empty)["examples"].empty
 
 
 def test_numbers_of_another_main_loss_are_not_mixed_in(tmp_path, monkeypatch):

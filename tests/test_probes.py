@@ -140,8 +140,8 @@ def test_a_killed_probe_goes_on_to_the_same_vectors(project, tmp_path, monkeypat
     s, save = spec(), engine.save
     whole = probes.probe(s, RunStore(tmp_path / "whole"))
 
-    def save_and_die(acc, path, student, method, optimisers, progress):
-        save(acc, path, student, method, optimisers, progress)
+    def save_and_die(path, student, method, optimisers, progress):
+        save(path, student, method, optimisers, progress)
         if progress.step >= 2:
             raise Killed
 

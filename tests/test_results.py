@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import threading
@@ -197,6 +198,41 @@ def test_a_damaged_result_is_set_aside_with_a_warning(store, damage, caplog):
     caplog.clear()
     s.save(r)  # the place is free again
     assert equal(s.load(r.spec.key), r) and not caplog.text
+
+
+def test_a_result_of_a_later_version_is_read(store):
+    """Its specification has fields that are not known here, at defaults that its key does not hold."""
+    s, r = RunStore(), result()
+    s.save(r)
+    home = s.runs / r.spec.key / "result.json"
+    body = json.loads(json.loads(home.read_text())["result"])
+    body["spec"] |= {"later": 1}
+    body["spec"]["training"] |= {"later": 2}
+    text = json.dumps(body, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    home.write_text(json.dumps({"digest": digest, "result": text}))
+    assert equal(s.load(r.spec.key), r)
+
+
+def test_a_result_that_cannot_be_read_now_stays(store, monkeypatch):
+    s, r = RunStore(), result()
+    s.save(r)
+
+    def busy(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "load_file", busy)
+        with pytest.raises(PermissionError):
+            s.load(r.spec.key)
+    assert equal(s.load(r.spec.key), r)
+
+
+def test_a_result_of_another_run_is_not_used(store, caplog):
+    s, r = RunStore(), result()
+    s.save(r)
+    (s.runs / r.spec.key).rename(s.runs / "0123456789abcdef0123")
+    assert s.load("0123456789abcdef0123") is None and "another specification" in caplog.text
 
 
 def test_a_writer_that_is_second_changes_nothing(store):

@@ -202,11 +202,14 @@ def test_the_tables_row_and_the_exported_line_say_what_stood_behind(project, tmp
     assert "home" not in json.dumps(line["environment"])
 
 
-def test_a_trained_student_loads_with_plain_transformers(project, tmp_path):
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_a_trained_student_loads_with_plain_transformers(project, tmp_path, monkeypatch, select):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    s = specs.spec("tiny", "cola", "armada")
+    scores = iter([3.0, 2.0] * 2)  # the first of two epochs is the best one
+    monkeypatch.setattr(runs, "_judge", lambda *a: lambda: next(scores))
+    s = specs.spec("tiny", "cola", "armada", select=select)
     runs.trained_student(s).save_pretrained(tmp_path / "student")
     stored = runs.run(s)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()

@@ -305,7 +305,7 @@ def test_several_processes_need_a_start_that_is_there(gallery):
         def wait_for_everyone(self):
             raise Killed  # it came as far as training
 
-    s = spec()
+    s = spec(processes=2)
     with pytest.raises(
         ValueError, match="its start is not there yet; make it in one process first"
     ):

@@ -79,6 +79,18 @@ def named(p: Studied, group: str, name: str):
     return next(x for x in p.pairs if (x.group, x.name) == (group, name))
 
 
+def test_the_first_stages_teacher_and_reading_are_the_primary_ones():
+    """Also where the undistilled student's entry names others, and a later stage has these."""
+    first = {"methods": ["armada", "shuffled"], "teacher": "text", "readings": ["released"]}
+    stages = [{"name": "primary", "tasks": ["cola"], "arms": [{"methods": ["undistilled"]}, first]},
+              {"name": "more", "tasks": ["cola"], "arms": [{"methods": ["armada", "shuffled"]}]}]  # fmt: skip
+    p = evidence({}, raw=RAW | {"stages": stages})
+    assert p.first == ("text", "released")
+    pair = p.pairs[0]
+    assert (pair.group, pair.teacher, pair.name) == (PRIMARY, "text", "text")
+    assert {a.reading for side in pair.sides for a in side} == {"released"}
+
+
 def test_the_contrasts_follow_from_the_arms():
     p = evidence({})
     assert [(x.group, x.name) for x in p.pairs] == [
@@ -140,6 +152,12 @@ def test_the_interval_is_that_of_a_plain_bootstrap():
     assert [c.low, c.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.06 * width)
 
 
+def test_regularisation_is_said_where_real_and_shuffled_do_not_differ():
+    p = evidence({("armada", "sd14"): 9.0, ("shuffled", "sd14"): 9.0}, noise=0.0)
+    assert told.conclusion(p) == contrasts.NOT
+    assert "both gain, which is regularisation and no transfer" in " ".join(told.answer(p))
+
+
 def test_a_seed_counts_when_all_its_runs_are_there():
     p = evidence({})
     del p.records["cola", "shuffled", "sd14", "cosine", "paper", 101]
@@ -163,7 +181,7 @@ def test_a_seed_counts_when_all_its_runs_are_there():
         ({("armada", "sd14"): 9.0}, "reproduced", ["The teacher matters at this scale", "CoLA: the teacher matters"]),
         ({("armada", "sd14"): -9.0}, "not reproduced", ["The real teacher does harm", "the real teacher harms"]),
         ({("armada", "sd14"): 9.0, ("shuffled", "sd14"): 9.0}, "undecided",
-         ["stays undecided", "on CoLA and STS-B both gain, which is regularisation and no transfer"]),
+         ["stays undecided", "on CoLA and STS-B both gain."]),
         ({("armada", "text"): 9.0}, "undecided",
          ["The text teacher, which knows the text and has no second modality, differs from its shuffled self on "
           "CoLA and STS-B, so the method can carry something over"]),
@@ -287,14 +305,21 @@ def test_the_page_needs_neither_data_nor_models(own, monkeypatch):
         shutil.move(kept, data)
 
 
-def test_runs_on_other_data_are_not_mixed(own):
+@pytest.mark.parametrize(
+    "change, added, message",
+    [({"data_id": "other/other"}, False, "has other data or settings than other runs of cola"),
+     ({"beta": 0.7}, False, "was run with other weights, too"),
+     ({"beta": 0.7}, True, "was run with other weights, too")],
+)  # fmt: skip
+def test_runs_on_other_data_or_with_other_weights_are_not_mixed(own, change, added, message):
     path = own / "book/results/small.jsonl"
     lines = [json.loads(x) for x in path.read_text().splitlines()]
     one = next(x for x in lines if x["spec"]["method"] == "armada")
-    one["spec"]["data_id"] = "other/other"
-    one["key"] = results.RunSpec(**one["spec"]).key
-    path.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(ValueError, match="has other data or settings than other runs of cola"):
+    other = one | {"spec": one["spec"] | change}
+    other["key"] = results.RunSpec(**other["spec"]).key
+    changed = [*lines, other] if added else [other if x is one else x for x in lines]
+    path.write_text("\n".join(map(json.dumps, changed)))
+    with pytest.raises(ValueError, match=message):
         _ = studied({"study": "small", "teachers": "auto", "draws": 100}).records
 
 

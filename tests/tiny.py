@@ -105,8 +105,8 @@ def killed(monkeypatch, at):
     """What is trained here dies as it saves its state at step `at` or later; it has to."""
     save = engine.save
 
-    def save_and_die(acc, path, student, method, optimisers, progress):
-        save(acc, path, student, method, optimisers, progress)
+    def save_and_die(path, student, method, optimisers, progress):
+        save(path, student, method, optimisers, progress)
         if progress.step >= at:
             raise Killed
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from armada_lib import dynamics, factorial, findings, plans, report
+from armada_lib.ablation import against
 from armada_lib.frames import Frames
 from armada_lib.ledger.judges import Measured, judged, means
 from armada_lib.plans.ablation import Ablated
@@ -19,13 +20,18 @@ def _half(evidence: str, generates: bool) -> Ablated | None:
 def weights(
     evidence: str, up: Sequence[str] = (), down: Sequence[str] = (), generates: bool = False
 ) -> Measured | None:
-    """The highest value of each weight in `up`, the lowest of those in `down`, at equal others."""
+    """The highest value of each weight in `up`, the lowest of those in `down`, at equal others.
+
+    A gain from beta is a teacher's only if the base gains over the shuffled teacher, too.
+    """
     half = _half(evidence, generates)
     if half is None:
         return None
     grid = factorial.cells(half.frame, half.levels)
     gaps = factorial.effects(grid, half.levels, list(up))
     gaps |= factorial.effects(grid, half.levels, list(down), down=True)
+    if "beta" in up:
+        gaps["base minus shuffled teacher"] = against(half.frame, "base", "", "shuffled")
     found = factorial.judge(gaps, unit="test sets" if generates else "tasks")
     return judged(found, means(gaps), half)
 

@@ -45,7 +45,8 @@ RULES: dict[str, Rule] = {
         "ARMADA minus the mean of the baselines, averaged over tasks, has a 95 % interval over three "
         "seeds or more that lies within one point of zero", judges.equal),
     "ahead": Rule(f"ARMADA scores above every baseline on average over the tasks, {SEEDS}", judges.ahead),
-    "weights": Rule(f"the better value of each weight gains over the other end, {SEEDS}", analyses.weights),
+    "weights": Rule("the better value of each weight gains over the other end, and for β the base over the shuffled "
+        f"teacher, {SEEDS}", analyses.weights),
     "best_loss": Rule(f"the loss that the claim names scores above each other one, {SEEDS}", analyses.best_loss),
     "alike": Rule(
         "every two losses differ by less than one point, by the whole 95 % interval of their "

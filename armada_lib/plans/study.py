@@ -84,20 +84,27 @@ class Studied:
     def records(self) -> dict[tuple[Any, ...], dict[str, Any]]:
         """Committed records of the study's cells, by what makes them the same cell.
 
-        Raises ValueError where two runs of a task have other data or another setting than the arm.
+        Raises ValueError where two runs of a task have other data or other settings, two of an arm
+        other weights, or two are of the same cell.
         """
         path = folder() / f"{self.study.name}.jsonl"
         found = results.read(path) if path.exists() else []
         known, kept = {c.identity for c in self.cells}, {}
-        alike: dict[str, tuple[Any, ...]] = {}
+        alike: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         for r in found:
             s = r["spec"]
             name = (s.task, s.method, s.teacher, s.manifold, s.reading, s.seed)
             if name in known:
                 same = (s.profile, s.student_id, s.data_id, s.recipe, s.training)
-                if alike.setdefault(s.task, same) != same:
+                weights = (s.alpha, s.beta, s.gamma, s.tau)
+                if alike.setdefault(name[:1], same) != same:
                     raise ValueError(
                         f"{path.name}: {s.label} has other data or settings than other runs of {s.task}"
+                    )
+                if name in kept or alike.setdefault(name[:-1], weights) != weights:
+                    raise ValueError(
+                        f"{path.name}: {s.label} was run with other weights, too; keep the runs of one "
+                        "set of weights in the file"
                     )
                 kept[name] = r
         return kept
@@ -163,7 +170,7 @@ class Studied:
             losses = [m for m in profiles.MANIFOLDS if Arm("armada", t, m, r) in planned]
             both[t, r] = [m for m in losses if Arm("shuffled", t, m, r) in planned]
         main, found = self.first, []
-        both = {k: v for k, v in both.items() if v}
+        both = {main: both[main]} | {k: v for k, v in both.items() if v}
         side = lambda a, b, losses, t, r: tuple((Arm(a, t, m, r), Arm(b, t, m, r)) for m in losses)
         for (t, r), losses in both.items():
             found.append(Pair(PRIMARY, self.who(t, r), t, side("armada", "shuffled", losses, t, r)))

@@ -85,7 +85,7 @@ def _regularisation(p: Studied) -> str:
     if down:
         parts.append(f"on {_titles(down)} both lose")
     said = "; ".join(parts) or "on no task do both differ beyond noise"
-    same = conclusion(p) in (NOT, OPEN)
+    same = conclusion(p) == NOT  # the protocol: if they do not differ, and both do from undistilled
     tail = ", which is regularisation and no transfer" if parts and same else ""
     return (
         f"From the undistilled student, that of the real teacher differs by {_listed(real)} points and that "
