@@ -119,7 +119,8 @@ def _study(given: argparse.Namespace) -> None:
         return
     if given.cell is not None:
         job = experiment.pick(study, given.cell)
-        if not given.all and job.spec not in store and job.spec.key in experiment.committed(study):
+        kept = {} if given.all else experiment.committed(study)
+        if job.spec not in store and experiment.anywhere(job.spec) in kept:
             print(f"{job.spec.key} {job.name}: committed, left alone without --all")
             return
         runs.run(job.spec, store)
@@ -140,7 +141,8 @@ def _study(given: argparse.Namespace) -> None:
         found = [j for j in found if j.cell.stage == given.stage]
     kept = {} if given.all else experiment.committed(study)
     lacking = [j for j in found if j.spec not in store]
-    states = {j.number: "committed" if j.spec.key in kept else "missing" for j in lacking}
+    there = {j.number for j in lacking if experiment.anywhere(j.spec) in kept}
+    states = {j.number: "committed" if j.number in there else "missing" for j in lacking}
     if given.list:
         for j in found:
             state = states.get(j.number, "stored")
@@ -148,8 +150,8 @@ def _study(given: argparse.Namespace) -> None:
     else:
         say = functools.partial(print, flush=True)  # a log is read while it grows
         todo = [j for j in found if states.get(j.number) != "committed"]
-        if there := len(found) - len(todo):
-            say(f"{there:,} cells committed in book/results; --all computes them, too")
+        if there:
+            say(f"{len(there):,} cells committed in book/results; --all computes them, too")
         count = working.work(todo, store, given.workers, say)
         print(", ".join(f"{n:,} {what}" for what, n in count.items()))
 

@@ -195,13 +195,23 @@ def _evidence(study: Study) -> Path:
     return profiles.ROOT / "book" / "results" / f"{study.name}.jsonl"
 
 
+def anywhere(s: RunSpec) -> str:
+    """A key that is the same on every machine.
+
+    A teacher's fingerprint counts the precision in which its machine computes, so the key of a cell
+    differs between kinds of machine; its vectors hardly do (`teachers.image`). A study goes on from
+    one machine to another by this.
+    """
+    return s.model_copy(update={"teacher_id": None}).key
+
+
 def committed(study: Study) -> dict[str, dict[str, Any]]:
-    """Records of the cells that are in book/results already, whoever computed them, by key."""
+    """Records of the cells that are in book/results already, whoever computed them, by `anywhere`."""
     return _records(_evidence(study))
 
 
 def _records(path: Path) -> dict[str, dict[str, Any]]:
-    return {r["key"]: r for r in results.read(path)} if path.exists() else {}
+    return {anywhere(r["spec"]): r for r in results.read(path)} if path.exists() else {}
 
 
 def export(study: Study, store: RunStore, folder: Path | None = None) -> tuple[Path, int]:
@@ -210,16 +220,16 @@ def export(study: Study, store: RunStore, folder: Path | None = None) -> tuple[P
 
     A record has predictions and no labels: all cells of a task share these, and <name>_labels.json
     keeps them once, by `data_id`, so that examples can be resampled where the data are not at hand.
-    Cells that were exported from another store stay.
+    Cells that were exported from another store stay, unless this one has them, too.
     """
     path = folder / f"{study.name}.jsonl" if folder else _evidence(study)
     beside = path.with_name(f"{study.name}_labels.json")
-    own = {j.spec.key for j in jobs(study)}
-    found = [r for k in sorted(own) if (r := store.load(k)) is not None]
-    old = _records(path)
+    own = {j.spec.key: anywhere(j.spec) for j in jobs(study)}
+    found = {n: r for k, n in sorted(own.items()) if (r := store.load(k)) is not None}
+    every: dict[str, Any] = _records(path) | found
     labels = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    for r in found:
+    for r in found.values():
         labels[r.spec.data_id] = [round(float(y), 3) for y in r.labels]
-    results.export([*old.values(), *found], path)
+    results.export(every.values(), path)
     write_text(beside, json.dumps(labels, sort_keys=True) + "\n")
-    return path, len(own & (old.keys() | {r.spec.key for r in found}))
+    return path, len(every.keys() & set(own.values()))

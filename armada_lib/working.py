@@ -18,7 +18,7 @@ import pandas as pd
 from filelock import Timeout
 
 from armada_lib import runs
-from armada_lib.experiment import Job, Study, committed
+from armada_lib.experiment import Job, Study, anywhere, committed
 from armada_lib.extraction import pool
 from armada_lib.results import RunSpec, RunStore
 from armada_lib.state import Diverged
@@ -136,7 +136,7 @@ def repeat(job: Job, study: Study, store: RunStore) -> tuple[pd.DataFrame, bool]
     """
     if (found := store.load(job.spec.key)) is not None:
         stored = found.scores
-    elif (kept := committed(study).get(job.spec.key)) is not None:
+    elif (kept := committed(study).get(anywhere(job.spec))) is not None:
         stored = kept["scores"]
     else:
         kept_in = f"book/results/{study.name}.jsonl"

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from armada_lib import __main__ as cli
-from armada_lib import evaluation, experiment, profiles, results, runs, working
+from armada_lib import evaluation, experiment, profiles, results, runs, teachers, working
 from armada_lib.results import RunStore
 from armada_lib.state import Diverged
 
@@ -247,6 +247,31 @@ def test_what_is_committed_is_left_alone_unless_all_is_asked_for(own, tmp_path, 
         run(own, tmp_path / "b", "--list")  # what is stored as well is called so
         states = [x.split("\t")[2] for x in capsys.readouterr().out.splitlines()]
         assert set(states) == {"stored"}
+    finally:
+        for path in (project / "book/results").glob("small*"):
+            path.unlink()
+
+
+def test_a_study_goes_on_on_another_kind_of_machine(own, tmp_path, project, capsys, monkeypatch):
+    """There the same teacher has another fingerprint, as its precision is another one."""
+    run(own, tmp_path / "a", "--cell", "0")
+    run(own, tmp_path / "a", "--cell", "2")
+    run(own, tmp_path / "a", "--export")
+    evidence = project / "book/results/small.jsonl"
+    try:
+        before = {r["key"] for r in results.read(evidence)}
+        key = experiment.jobs(experiment.load(own))[2].spec.key
+        fingerprint = teachers.fingerprint
+        monkeypatch.setattr(teachers, "fingerprint", lambda *a: f"other_{fingerprint(*a)}")
+        assert experiment.jobs(experiment.load(own))[2].spec.key != key
+        capsys.readouterr()
+        run(own, tmp_path / "b", "--list")
+        states = [x.split("\t")[2] for x in capsys.readouterr().out.splitlines()]
+        assert states == ["committed", "missing", "committed"] + ["missing"] * 6
+        run(own, tmp_path / "b", "--cell", "2", "--all")  # computed again: replaced, not doubled
+        run(own, tmp_path / "b", "--export")
+        after = {r["key"] for r in results.read(evidence)}
+        assert len(after) == len(before) == 2 and len(after - before) == 1
     finally:
         for path in (project / "book/results").glob("small*"):
             path.unlink()
