@@ -291,7 +291,7 @@ def test_two_processes_match_one_with_twice_the_batch(checkpoints, tmp_path, man
                   "--main_process_port", "0", "--num_processes", str(processes)]  # fmt: skip
         head = launch if processes > 1 else [sys.executable]
         done = subprocess.run([*head, str(HERE / "tiny.py"), checkpoint, str(out), manifold, str(batch)],
-                              env=env, capture_output=True, text=True, timeout=180)  # fmt: skip
+                              env=env, capture_output=True, text=True, timeout=600)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         with safe_open(out, "pt") as f:
             assert f.metadata() == {"processes": str(processes), "steps": "8"}

@@ -330,7 +330,7 @@ def test_two_machines_on_one_store_share_the_cells(own, tmp_path, project):
         subprocess.Popen([*command, "--workers", n], env=env, text=True, stdout=subprocess.PIPE)
         for n in ("1", "2")
     ]
-    said = [p.communicate(timeout=240)[0] for p in both]
+    said = [p.communicate(timeout=600)[0] for p in both]
     assert all(p.returncode == 0 for p in both)
     done = [re.findall(r" of 9 \| ([^|]+) \|", out) for out in said]
     assert sorted(done[0] + done[1]) == sorted({*done[0], *done[1]}), "a cell was computed twice"

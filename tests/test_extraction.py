@@ -153,7 +153,7 @@ def test_two_processes_under_accelerate_share_the_texts(project, tmp_path):
         "--store",
         str(tmp_path),
     ]
-    done = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=180)
+    done = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (
         "12 to compute" in done.stdout and "done: 6 vectors computed by this process" in done.stdout

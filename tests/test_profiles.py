@@ -359,7 +359,7 @@ def test_the_environment_variable_of_the_hub_is_heeded(tmp_path):
     }  # fmt: skip
     env.pop("HF_HUB_CACHE", None)
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.stderr.splitlines()[-1].startswith("FileNotFoundError: checkpoint 'some/model'")
     assert "hf download some/model" in done.stderr
