@@ -141,8 +141,8 @@ def _study(given: argparse.Namespace) -> None:
         found = [j for j in found if j.cell.stage == given.stage]
     kept = {} if given.all else experiment.committed(study)
     lacking = [j for j in found if j.spec not in store]
-    there = {j.number for j in lacking if experiment.anywhere(j.spec) in kept}
-    states = {j.number: "committed" if j.number in there else "missing" for j in lacking}
+    known = lambda j: "committed" if experiment.anywhere(j.spec) in kept else "missing"
+    states = {j.number: known(j) for j in lacking}
     if given.list:
         for j in found:
             state = states.get(j.number, "stored")
@@ -150,8 +150,8 @@ def _study(given: argparse.Namespace) -> None:
     else:
         say = functools.partial(print, flush=True)  # a log is read while it grows
         todo = [j for j in found if states.get(j.number) != "committed"]
-        if there:
-            say(f"{len(there):,} cells committed in book/results; --all computes them, too")
+        if there := len(found) - len(todo):
+            say(f"{there:,} cells committed in book/results; --all computes them, too")
         count = working.work(todo, store, given.workers, say)
         print(", ".join(f"{n:,} {what}" for what, n in count.items()))
 
