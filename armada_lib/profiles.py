@@ -151,7 +151,7 @@ def _whole(name: str) -> dict[str, Any]:
     raw = _read(name)
     if (cast := raw.pop("cast", None)) is not None:
         other = _read(check(cast, names(), f"cast of profile {name}"))
-        raw = {k: other.get(k, {}) for k in ("students", "teachers")} | raw
+        raw = _merged({k: other.get(k, {}) for k in ("students", "teachers")}, raw)
     if (like := raw.pop("like", None)) is not None:
         others = [n for n in names() if n != name]
         raw = _merged(_whole(check(like, others, f"profile that {name} is like")), raw)

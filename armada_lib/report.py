@@ -278,7 +278,8 @@ def judge(
 
     Reproduced: for every named arm the mean gain over tasks is above zero with its whole interval,
     over undistilled and over the control. Direction agrees: every mean is above zero over both.
-    Undecided: fewer than three seeds. Otherwise not reproduced.
+    Undecided: fewer than three seeds, or every mean above zero and a manifold loss that was not run.
+    Otherwise not reproduced.
     """
     parts, sure, positive, seeds, ran = [], True, True, [], set(arms(df)["arm"])
     for name in names:
@@ -302,4 +303,7 @@ def judge(
             "undecided",
             f"{text} {too_few(int(min(seeds, default=0)))}",
         )
+    missing = [said for said in LOSS.values() if not any(said in name for name in names)]
+    if positive and missing:
+        return "undecided", f"{text} Not run: {', '.join(missing)}; every loss is asked for."
     return ("reproduced" if sure else "direction agrees" if positive else "not reproduced"), text

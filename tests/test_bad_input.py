@@ -237,7 +237,7 @@ def test_bad_data_are_refused_with_file_and_row(tiny, tmp_path, monkeypatch, row
 
 
 def test_a_holdout_larger_than_the_data_is_refused(tiny):
-    with pytest.raises(ValueError, match="cola: .*a holdout of 500 .*there are 24"):
+    with pytest.raises(ValueError, match="cola: .*a holdout of 60 .*there are 24"):
         specs.spec("tiny", "cola", split="holdout")
 
 

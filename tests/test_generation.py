@@ -52,7 +52,18 @@ def test_greedy_answers_are_those_of_one_prompt_alone(student, batch):
     assert len(set(found)) > 1
 
 
-def test_the_student_is_as_before_afterwards(student):
+@pytest.mark.parametrize("wide", [True, False])
+def test_either_library_of_matrix_products_gives_the_answers(student, monkeypatch, wide):
+    monkeypatch.setattr(generation, "_wide", lambda: wide)
+    swapped, swap = [], generation._onednn
+    monkeypatch.setattr(generation, "_onednn", lambda m: swapped.extend(swap(m)) or swapped)
+    found = generation.generate(student, PROMPTS, 8)
+    assert found == [by_hand(student, p, 8) for p in PROMPTS] and bool(swapped) == wide
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_student_is_as_before_afterwards(student, monkeypatch, wide):
+    monkeypatch.setattr(generation, "_wide", lambda: wide)
     before = {n: p.detach().clone() for n, p in student.named_parameters()}
     generation.generate(student, PROMPTS[:2], 4)
     after = dict(student.named_parameters())

@@ -95,7 +95,11 @@ def test_what_stands_in_for_a_name_is_said_and_can_be_had(name):
 def test_parameter_counts_in_notes_are_those_of_the_weights():
     p, counted = profiles.load("mini"), 0
     cpu = profiles.load("cpu")
-    assert (cpu.students, cpu.teachers) == (p.students, p.teachers)
+    assert cpu.students == p.students
+    assert [*cpu.teachers] == [*p.teachers]
+    for name, t in cpu.teachers.items():  # more steps, and the same weights
+        assert (t.note, getattr(t, "checkpoint", None)) == (
+            p.teachers[name].note, getattr(p.teachers[name], "checkpoint", None))  # fmt: skip
     for spec in (*p.students.values(), *p.teachers.values()):
         if said := re.search(r"([\d.]+)M parameters", spec.note):
             found = 0
@@ -131,7 +135,10 @@ def test_an_incomplete_profile_is_refused_by_name(tmp_path, monkeypatch, changes
 def test_a_cast_is_taken_from_another_profile(tmp_path, monkeypatch):
     mini = yaml.safe_load((profiles.folder() / "mini.yaml").read_text())
     small = {k: v for k, v in mini.items() if k not in ("students", "teachers")} | {"cast": "mini"}
-    own = {"students": {"bert-6l": mini["students"]["bert-base"]}}
+    own = {
+        "students": {"bert-7l": mini["students"]["bert-base"]},
+        "teachers": {"sd14": {"steps": 3}},
+    }
     for name, raw in (
         ("mini", mini),
         ("small", small),
@@ -148,7 +155,12 @@ def test_a_cast_is_taken_from_another_profile(tmp_path, monkeypatch):
         ValueError, match="unknown cast of profile lost 'mimi'; did you mean 'mini'"
     ):
         profiles.load("lost")
-    assert set(profiles.load("own").students) == {"bert-6l"}  # its own students are all it has
+    mine = profiles.load("own")  # its own come on top
+    assert set(mine.students) == {*p.students, "bert-7l"}
+    assert mine.teachers["sd14"] == p.teachers["sd14"].model_copy(update={"steps": 3})
+    assert {k: v for k, v in mine.teachers.items() if k != "sd14"} == {
+        k: v for k, v in p.teachers.items() if k != "sd14"
+    }
     profiles.load.cache_clear()
 
 

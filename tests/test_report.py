@@ -61,6 +61,12 @@ def test_the_verdict_follows_its_criterion(df, outcome):
     assert got == outcome, text
 
 
+def test_one_loss_alone_can_refute_what_is_said_of_every_loss_and_not_prove_it():
+    outcome, text = report.judge(study(3.0), LOSSES[1:2])
+    assert outcome == "undecided" and "Not run: cosine, element-wise" in text
+    assert report.judge(study(-1.0), LOSSES[1:2])[0] == "not reproduced"
+
+
 def test_a_loss_is_judged_beside_the_control_with_the_same_loss():
     own = study(0.0, control=3.0).query("method == 'shuffled'").assign(manifold="cosine")
     df = pd.concat([study(3.0), own])

@@ -472,7 +472,7 @@ def test_compile_is_asked_for_and_changes_no_vector(checkpoint):
 
 @pytest.fixture(scope="module")
 def painter():
-    return teachers.load(profiles.load("mini").teacher("sd14"))
+    return teachers.load(profiles.load("cpu").teacher("sd14"))
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -13,7 +13,7 @@ import torch
 from armada_lib import engine, students
 from armada_lib.batching import Encoded
 from armada_lib.methods import METHODS, Setting
-from armada_lib.profiles import StudentSpec, Training
+from armada_lib.profiles import MANIFOLDS, StudentSpec, Training
 
 WIDTH = 24
 
@@ -132,26 +132,25 @@ def alike(whole, resumed):
         np.testing.assert_array_equal(curve, resumed[2].curves[name])
 
 
-def main(checkpoint: str, out: str, manifold: str, batch: str) -> None:
-    """Train with this many processes and save student and aligner (main process)."""
+def main(checkpoint: str, out: str, batch: str) -> None:
+    """Train with this many processes and every loss; save student and aligner (main process)."""
     from accelerate import Accelerator
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
-    acc = Accelerator(cpu=True)
+    acc, found, steps = Accelerator(cpu=True), {}, 0
     training = {"dropout": 0.0, "batch_size": int(batch)}
     spec = StudentSpec(name="tiny", checkpoint=checkpoint)
-    student, m, trained = experiment(
-        spec, run={"accelerator": acc}, training=training, manifold=manifold, beta=1.0
-    )
-    if acc.is_main_process:
-        found = {f"s/{k}": v for k, v in weights(student).items()}
-        found |= {f"a/{k}": v for k, v in weights(m.aligner).items()}
-        save_file(
-            found,
-            Path(out),
-            metadata={"processes": str(acc.num_processes), "steps": str(trained.steps)},
+    for loss in MANIFOLDS:
+        student, m, trained = experiment(
+            spec, run={"accelerator": acc}, training=training, manifold=loss, beta=1.0
         )
+        found |= {f"{loss}/s/{k}": v for k, v in weights(student).items()}
+        found |= {f"{loss}/a/{k}": v for k, v in weights(m.aligner).items()}
+        steps += trained.steps
+    if acc.is_main_process:
+        about = {"processes": str(acc.num_processes), "steps": str(steps)}
+        save_file(found, Path(out), metadata=about)
 
 
 if __name__ == "__main__":
