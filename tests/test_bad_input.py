@@ -45,6 +45,7 @@ def tiny(checkpoints, tmp_path, monkeypatch) -> Path:
     raw["teachers"] = {
         "sd14": {"kind": "image", "checkpoint": str(base / "teacher"), "width": 64, "size": 8}
     }
+    del raw["training"]["groups"]["glue"]  # every row is evaluated
     (base / "params/profiles/tiny.yaml").write_text(yaml.safe_dump(raw))
     mine = [
         {"sentence": f"the cat {'sat ' * (i + 1)}", "label": i % 2, "idx": i} for i in range(24)
@@ -237,7 +238,7 @@ def test_bad_data_are_refused_with_file_and_row(tiny, tmp_path, monkeypatch, row
 
 
 def test_a_holdout_larger_than_the_data_is_refused(tiny):
-    with pytest.raises(ValueError, match="cola: .*a holdout of 60 .*there are 24"):
+    with pytest.raises(ValueError, match="cola: .*a holdout of 500 .*there are 24"):
         specs.spec("tiny", "cola", split="holdout")
 
 

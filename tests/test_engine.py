@@ -293,7 +293,7 @@ def test_two_processes_match_one_with_twice_the_batch(checkpoints, tmp_path):
                               env=env, capture_output=True, text=True, timeout=600)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         with safe_open(out, "pt") as f:
-            assert f.metadata() == {"processes": str(processes), "steps": "24"}
+            assert f.metadata() == {"processes": str(processes), "steps": "8 8 8"}
             found[processes] = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     for name, one in found[1].items():
         if name.endswith(

@@ -138,7 +138,7 @@ def main(checkpoint: str, out: str, batch: str) -> None:
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
-    acc, found, steps = Accelerator(cpu=True), {}, 0
+    acc, found, steps = Accelerator(cpu=True), {}, []
     training = {"dropout": 0.0, "batch_size": int(batch)}
     spec = StudentSpec(name="tiny", checkpoint=checkpoint)
     for loss in MANIFOLDS:
@@ -147,9 +147,9 @@ def main(checkpoint: str, out: str, batch: str) -> None:
         )
         found |= {f"{loss}/s/{k}": v for k, v in weights(student).items()}
         found |= {f"{loss}/a/{k}": v for k, v in weights(m.aligner).items()}
-        steps += trained.steps
+        steps.append(str(trained.steps))
     if acc.is_main_process:
-        about = {"processes": str(acc.num_processes), "steps": str(steps)}
+        about = {"processes": str(acc.num_processes), "steps": " ".join(steps)}
         save_file(found, Path(out), metadata=about)
 
 
