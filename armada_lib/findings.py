@@ -6,6 +6,7 @@ Every function takes the frames that `analysis.analyse` makes and `frames.read` 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import pandas as pd
@@ -92,12 +93,12 @@ def spread(values: pd.Series, digits: int) -> str:
     return number(s.mean, digits) + (f" ± {s.sd:.{digits}f}" if s.n > 1 else "")
 
 
-def board(frames: Frames) -> pd.DataFrame:
-    """A row an arm, a column a measure: means over tasks, then mean ± sd over seeds."""
+def board(frames: Frames, shown: Mapping[str, Measure] = MEASURES) -> pd.DataFrame:
+    """A row an arm, a column a measure of `shown`: means over tasks, then mean ± sd over seeds."""
     found, rows = measures(frames), []
     for arm in frames["scores"]["arm"].unique():
         own, row = found[found["arm"] == arm], {"trained as": arm}
-        for name, m in (MEASURES | OTHERS).items():
+        for name, m in shown.items():
             values = own[own["measure"] == name].set_index(["task", "seed"])["value"].dropna()
             row[m.short] = spread(report.by_seed(values)[0], m.digits) if len(values) else "–"
         rows.append(row)

@@ -92,7 +92,9 @@ def test_the_board_has_every_arm_and_averages_tasks_before_seeds(found):
     c = found["clusters"].query("labels == 'gold' and arm == @ARMADA")
     each = (c["purity"] - c["majority"]).groupby(c["seed"]).mean()
     assert board.loc[ARMADA, "purity"] == f"{each.mean():.3f} ± {each.std(ddof=1):.3f}"
-    assert board.loc["added layers only", "sensitivity"] == "–"
+    others = findings.board(found, findings.OTHERS).set_index("trained as")
+    assert list(others.index) == list(board.index) and not set(others) & set(board)
+    assert others.loc["added layers only", "sensitivity"] == "–"
 
 
 def test_numbers_have_true_signs():
