@@ -114,33 +114,63 @@ class Room(DynamicLayer):
         self._show()
 
 
-def prefill(model: Any, texts: Sequence[np.ndarray], more: int) -> tuple[DynamicCache, Tensor]:
-    """(cache of the texts, padded on the left, with room for `more` tokens; logits of their ends)."""
+def read(model: Any, texts: Sequence[np.ndarray], **kwargs: Any) -> tuple[Tensor, list[np.ndarray]]:
+    """(hidden vectors (T, d) of the distinct tokens, which of them each text consists of)."""
+    model.set_attn_implementation(PREFILL)
     ids, positions, places = share(texts)
     order = np.argsort([-len(p) for p in places], kind="stable")
-    groups, read, start = [], np.zeros(len(ids), dtype=np.int64), 0
-    device = model.get_input_embeddings().weight.device
-    to = lambda x: torch.from_numpy(x).to(device)
+    groups, slot, start = [], np.zeros(len(ids), dtype=np.int64), 0
+    to = lambda x: _to(model, x)
     for chunk in np.array_split(order, min(GROUPS, len(order))):
         longest = len(places[chunk[0]])
         slots = np.zeros((len(chunk), longest), dtype=np.int64)
         for row, i in enumerate(chunk):
             slots[row, : len(places[i])] = places[i]
-            read[places[i]] = start + row * longest + np.arange(len(places[i]))
+            slot[places[i]] = start + row * longest + np.arange(len(places[i]))
         start += slots.size
         groups.append((len(chunk), longest, to(slots.reshape(-1))))
-    cache = DynamicCache()
     out = model.model(
-        input_ids=to(ids)[None], position_ids=to(positions)[None], use_cache=True,
-        past_key_values=cache, packing=Shared(groups, to(read)),
+        input_ids=to(ids)[None], position_ids=to(positions)[None], packing=Shared(groups, to(slot)),
+        **kwargs,
     )  # fmt: skip
-    ends = to(np.array([p[-1] for p in places]))
-    logits = model.get_output_embeddings()(out.last_hidden_state[0].index_select(0, ends))
+    return out.last_hidden_state[0], places
+
+
+def _to(model: Any, x: np.ndarray) -> Tensor:
+    return torch.from_numpy(x).to(model.get_input_embeddings().weight.device)
+
+
+def likelihoods(
+    model: Any, prompts: Sequence[np.ndarray], choices: Sequence[Sequence[np.ndarray]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For every prompt (sum of log p(token), number of tokens) of each of its choices, (k,) each.
+
+    All are token ids. A prompt is read once, whatever the number of its choices.
+    """
+    flat = [(p, c) for p, cs in zip(prompts, choices, strict=True) for c in cs]
+    hidden, places = read(model, [np.concatenate(x) for x in flat], use_cache=False)
+    before = [at[len(p) - 1 : -1] for at, (p, _) in zip(places, flat, strict=True)]
+    at, row = np.unique(np.concatenate(before), return_inverse=True)
+    token = np.concatenate([c for _, c in flat])
+    logits = model.get_output_embeddings()(hidden.index_select(0, _to(model, at)))
+    logp = torch.log_softmax(logits.float(), -1)[_to(model, row), _to(model, token)].cpu()
+    lengths = [len(c) for _, c in flat]
+    total = np.array([float(x.sum()) for x in logp.split(lengths)])
+    ends = np.cumsum([len(cs) for cs in choices])[:-1]
+    return list(zip(np.split(total, ends), np.split(np.array(lengths), ends), strict=True))
+
+
+def prefill(model: Any, texts: Sequence[np.ndarray], more: int) -> tuple[DynamicCache, Tensor]:
+    """(cache of the texts, padded on the left, with room for `more` tokens; logits of their ends)."""
+    cache = DynamicCache()
+    hidden, places = read(model, texts, use_cache=True, past_key_values=cache)
+    ends = _to(model, np.array([p[-1] for p in places]))
+    logits = model.get_output_embeddings()(hidden.index_select(0, ends))
     longest = max(len(p) for p in places)
     slots = np.zeros((len(texts), longest), dtype=np.int64)
     for row, p in enumerate(places):
         slots[row, longest - len(p) :] = p
-    at = to(slots.reshape(-1))
+    at = _to(model, slots.reshape(-1))
     side_by_side = lambda x: (
         x[0].index_select(1, at).view(x.shape[1], len(texts), longest, -1).transpose(0, 1)
     )
@@ -156,7 +186,6 @@ def decode(
     `model`: a causal model of transformers; `texts`: token ids, none empty; `pick`: chooses each
     row's next token.
     """
-    model.set_attn_implementation(PREFILL)
     cache, logits = prefill(model, texts, new_tokens)
     model.set_attn_implementation("sdpa")
     device, lengths = logits.device, [len(t) for t in texts]

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,16 @@ from tqdm import tqdm
 from armada_lib import answers
 from armada_lib.decoders import Decoder
 from armada_lib.packing import PACKED
-from armada_lib.sequences import sequences
+
+
+Set = tuple[Path | None, Sequence[str]]  # prompts, and the file that keeps their answers
+
+
+class Job(NamedTuple):
+    """One answer: the file that keeps it, and its `name` there."""
+
+    file: Path | None
+    name: str
 
 
 class Gumbel:
@@ -64,7 +73,6 @@ def tokens(student: Decoder, prompts: Sequence[str], room: int) -> list[np.ndarr
     return out
 
 
-@torch.inference_mode()
 def generate(
     student: Decoder,
     prompts: Sequence[str],
@@ -76,99 +84,115 @@ def generate(
     bf16: bool = False,
     progress: bool = False,
 ) -> list[str]:
-    """The student's answer to every prompt, greedy, or sampled where `seed` is given.
+    """The student's answer to every prompt, greedy, or sampled where `seed` is given: see `samples`."""
+    sets = [(kept, prompts)]
+    return samples(student, sets, new_tokens, [seed], batch_size, temperature, bf16, progress)[0][0]
 
-    `kept`: a file to which every answer is appended as it ends, and from which a killed call goes on.
-    Raises ValueError for prompts that are empty or too long, before any is answered.
+
+@torch.inference_mode()
+def samples(
+    student: Decoder,
+    sets: Sequence[Set],
+    new_tokens: int,
+    seeds: Sequence[int | None],
+    batch_size: int = 32,
+    temperature: float = 1.0,
+    bf16: bool = False,
+    progress: bool = False,
+) -> list[list[list[str]]]:
+    """For each set of prompts a list of answers a seed; the likeliest tokens where `seeds` is [None].
+
+    A batch takes prompts of like length from all sets, and reads a prompt once for all its answers
+    there. Every answer is appended to its set's file as it ends, and a killed call goes on from
+    there. Raises ValueError for prompts that are empty or too long, before any is answered.
     """
     from armada_lib import decoding  # imports what of transformers takes seconds
 
-    ids, student = tokens(student, prompts, new_tokens), student.eval()
-    names = [name(i, p, seed) for i, p in enumerate(prompts)]
+    student = student.eval()
+    read = [tokens(student, prompts, new_tokens) for _, prompts in sets]
+    ids = [x for each in read for x in each for _ in seeds]
+    jobs = [
+        Job(file, name(i, p, seed))
+        for file, prompts in sets for i, p in enumerate(prompts) for seed in seeds
+    ]  # fmt: skip
     device = next(student.parameters()).device
     with _plain(student) as model:
         ends = _ends(model, student.tokenizer)
 
         def answer(part: list[int]) -> Iterator[tuple[int, str]]:
-            pick = greedy if seed is None else Gumbel([_fold(names[i]) for i in part], temperature)
+            drawn = Gumbel([_fold(jobs[i].name) for i in part], temperature)
+            pick = greedy if None in seeds else drawn
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 for row, said in decoding.decode(
                     model, [ids[i] for i in part], new_tokens, ends, pick
                 ):
                     yield part[row], student.tokenizer.decode(said, skip_special_tokens=True)
 
-        return _resumed(names, [len(x) for x in ids], answer, kept, batch_size, progress)
-
-
-def choose(
-    student: Decoder,
-    prompts: Sequence[str],
-    choices: Sequence[Sequence[str]],
-    kept: Path | None = None,
-    batch_size: int = 16,
-    bf16: bool = False,
-    progress: bool = False,
-) -> list[str]:
-    """For every prompt the choice of highest mean log-probability a token; resumed from `kept`."""
-
-    def answer(part: list[int]) -> Iterator[tuple[int, str]]:
-        found = likelihoods(
-            student, [prompts[i] for i in part], [choices[i] for i in part], bf16=bf16
-        )
-        for i, (total, n) in zip(part, found, strict=True):
-            yield i, choices[i][answers.pick(list(total), list(n), normalise=True)]
-
-    names = [name(i, p, None) for i, p in enumerate(prompts)]
-    return _resumed(names, [len(p) for p in prompts], answer, kept, batch_size, progress)
-
-
-def _resumed(
-    names: list[str],
-    lengths: list[int],
-    answer: Callable[[list[int]], Iterator[tuple[int, str]]],
-    kept: Path | None,
-    batch_size: int,
-    progress: bool,
-) -> list[str]:
-    """`answer` for batches of like length, longest first, of what `kept` lacks; in `names`' order."""
-    done = kept_answers(kept) if kept else {}
-    todo = sorted((i for i in range(len(names)) if names[i] not in done), key=lambda i: -lengths[i])
-    with tqdm(
-        total=len(names), initial=len(names) - len(todo), desc="answers", disable=not progress
-    ) as bar:
-        for at in range(0, len(todo), batch_size):
-            for i, text in answer(todo[at : at + batch_size]):
-                done[names[i]] = text
-                if kept:
-                    _append(kept, names[i], text)
-                bar.update()
-    return [done[n] for n in names]
+        every = iter(_resumed(jobs, [len(x) for x in ids], answer, batch_size, progress))
+    found = [[[next(every) for _ in seeds] for _ in prompts] for _, prompts in sets]
+    return [[[each[n] for each in one] for n in range(len(seeds))] for one in found]
 
 
 @torch.inference_mode()
-def likelihoods(
+def choose(
     student: Decoder,
-    prompts: Sequence[str],
-    choices: Sequence[Sequence[str]],
-    batch_size: int = 64,
+    sets: Sequence[Set],
+    choices: Sequence[Sequence[Sequence[str]]],
+    batch_size: int = 16,
     bf16: bool = False,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For every prompt (sum of log p(token), number of tokens) of each of its choices, (k,) each."""
-    flat = [(i, student.answer_ids(c)) for i, cs in enumerate(choices) for c in cs]
-    ids = tokens(student.eval(), prompts, max(len(c) for _, c in flat))
-    data, _ = sequences([ids[i] for i, _ in flat], [c for _, c in flat], 0, student.context)
-    device, total = next(student.parameters()).device, np.zeros(len(flat))
-    order = np.argsort(-data.lengths, kind="stable")
-    for at in range(0, len(order), batch_size):
-        batch = data.batch(order[at : at + batch_size], True).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = student(batch.inputs).logits
-        logp = torch.log_softmax(logits.float(), -1).gather(1, batch.labels[:, None])[:, 0]
-        counts = [len(flat[r][1]) for r in batch.rows]
-        total[batch.rows] = [float(x.sum()) for x in logp.cpu().split(counts)]
-    ends = np.cumsum([len(cs) for cs in choices])[:-1]
-    lengths = np.array([len(c) for _, c in flat])
-    return list(zip(np.split(total, ends), np.split(lengths, ends), strict=True))
+    progress: bool = False,
+) -> list[list[str]]:
+    """For every prompt of every set the one of its choices with the highest mean log p a token.
+
+    Files and batches as in `samples`. Raises ValueError for prompts that are empty or too long,
+    before any choice is made.
+    """
+    from armada_lib import decoding
+
+    said = [c for each in choices for c in each]
+    options = [[student.answer_ids(c) for c in cs] for cs in said]
+    room = max(len(c) for cs in options for c in cs)
+    ids = [x for _, prompts in sets for x in tokens(student.eval(), prompts, room)]
+    jobs = [Job(file, name(i, p, None)) for file, prompts in sets for i, p in enumerate(prompts)]
+    device = next(student.parameters()).device
+    with _plain(student) as model:
+
+        def answer(part: list[int]) -> Iterator[tuple[int, str]]:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                found = decoding.likelihoods(
+                    model, [ids[i] for i in part], [options[i] for i in part]
+                )
+            for i, (total, n) in zip(part, found, strict=True):
+                yield i, said[i][answers.pick(list(total), list(n), normalise=True)]
+
+        every = iter(_resumed(jobs, [len(x) for x in ids], answer, batch_size, progress))
+    return [[next(every) for _ in prompts] for _, prompts in sets]
+
+
+def _resumed(
+    jobs: list[Job],
+    lengths: list[int],
+    answer: Callable[[list[int]], Iterator[tuple[int, str]]],
+    batch_size: int,
+    progress: bool,
+) -> list[str]:
+    """`answer` for batches of like length, longest first, of what the files lack; in `jobs`' order."""
+    done = {
+        Job(file, n): text
+        for file in dict.fromkeys(j.file for j in jobs) if file
+        for n, text in kept_answers(file).items()
+    }  # fmt: skip
+    todo = sorted((i for i, j in enumerate(jobs) if j not in done), key=lambda i: -lengths[i])
+    with tqdm(
+        total=len(jobs), initial=len(jobs) - len(todo), desc="answers", disable=not progress
+    ) as bar:
+        for at in range(0, len(todo), batch_size):
+            for i, text in answer(todo[at : at + batch_size]):
+                done[jobs[i]] = text
+                if (file := jobs[i].file) is not None:
+                    _append(file, jobs[i].name, text)
+                bar.update()
+    return [done[j] for j in jobs]
 
 
 @contextlib.contextmanager

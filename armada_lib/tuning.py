@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -162,11 +162,11 @@ def compute(
             probes=0,  # a backward pass for each term is dear here, and no chapter reads them
         ),
     )  # fmt: skip
-    scores, outputs, unparsed = {}, {}, {}
-    for name, items in run_data.suite(s).tests.items():
-        with store.lock(f"answers-{s.key}"):  # of several processes one answers, the others read
-            every = answer(s, student, items, kept / f"{name}.jsonl", progress)
-        found = [gentasks.score(name, one, items) for one in every]
+    scores, outputs, unparsed, tests = {}, {}, {}, run_data.suite(s).tests
+    with store.lock(f"answers-{s.key}"):  # of several processes one answers, the others read
+        every = answer(s, student, tests, kept, progress)
+    for name, items in tests.items():
+        found = [gentasks.score(name, one, items) for one in every[name]]
         outputs[name] = np.mean([f.each for f in found], axis=0)
         scores[name], unparsed[name] = float(outputs[name].mean()), [f.unparsed for f in found]
     mean = float(np.mean(list(scores.values())))
@@ -194,19 +194,28 @@ def _behaviour(unparsed: dict[str, list[int]], items: int) -> dict[str, Any]:
 def answer(
     s: RunSpec,
     student: Decoder,
-    items: list[Item],
+    tests: Mapping[str, list[Item]],
     kept: Path | None = None,
     progress: bool = False,
-) -> list[list[str]]:
-    """The student's answers to test items by the protocol of the run: one list, or one a sample."""
-    bf16, prompts = s.training.precision == "bf16", _prompts(s, student.tokenizer, items)
-    if s.training.protocol == "likelihood":
-        options = [answers.candidates(i) for i in items]
-        return [generation.choose(student, prompts, options, kept, bf16=bf16, progress=progress)]
-    return [
-        generation.generate(student, prompts, _room(s), kept, seed=n, bf16=bf16, progress=progress)
-        for n in _samples(s)
+) -> dict[str, list[list[str]]]:
+    """The student's answers to each test set by the protocol of the run: one list, or one a sample.
+
+    `kept`: a folder with a file of answers for each set, from which a killed call goes on.
+    """
+    bf16 = s.training.precision == "bf16"
+    sets = [
+        (kept / f"{name}.jsonl" if kept else None, _prompts(s, student.tokenizer, items))
+        for name, items in tests.items()
     ]
+    if s.training.protocol == "likelihood":
+        options = [[answers.candidates(i) for i in items] for items in tests.values()]
+        chosen = generation.choose(student, sets, options, bf16=bf16, progress=progress)
+        said = [[one] for one in chosen]
+    else:
+        said = generation.samples(
+            student, sets, _room(s), _samples(s), bf16=bf16, progress=progress
+        )
+    return dict(zip(tests, said, strict=True))
 
 
 def _samples(s: RunSpec) -> list[int | None]:

@@ -81,6 +81,25 @@ def test_samples_depend_on_seed_and_example_alone(student):
     assert generation.generate(student, PROMPTS, 6, seed=3, temperature=1e-6) == greedy
 
 
+@pytest.mark.parametrize("batch", [3, 32])
+def test_sets_and_seeds_share_batches_that_read_a_prompt_once(
+    student, monkeypatch, tmp_path, batch
+):
+    parts, seeds = (PROMPTS[:2], PROMPTS[2:], PROMPTS[:1]), [0, 1, 2]
+    sets = [(tmp_path / f"{n}.jsonl", prompts) for n, prompts in enumerate(parts)]
+    each = [[generation.generate(student, p, 6, seed=n) for n in seeds] for p in parts]
+    real, seen = decoding.share, []
+    monkeypatch.setattr(decoding, "share", lambda x: seen.append((len(x), real(x))) or seen[-1][1])
+    assert generation.samples(student, sets, 6, seeds, batch_size=batch) == each
+    texts = 3 * (len(PROMPTS) + 1)
+    assert sum(n for n, _ in seen) == texts and len(seen) == -(-texts // batch)
+    whole = sum(len(x) for p in parts for x in generation.tokens(student, p, 6))
+    assert sum(len(ids) for _, (ids, _, _) in seen) <= whole
+    monkeypatch.setattr(decoding, "share", None)  # kept answers are not made again
+    for (file, prompts), said in zip(sets, each, strict=True):
+        assert generation.generate(student, prompts, 6, file, seed=1) == said[1]
+
+
 def test_gumbel_noise_draws_from_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0]).repeat(4000, 1)
     drawn = generation.Gumbel(range(4000), 1.0)(logits, range(4000))
@@ -109,9 +128,19 @@ def test_a_killed_call_goes_on_where_it_stopped(student, tmp_path, monkeypatch):
     assert generation.generate(student, PROMPTS, 6, kept) == whole and len(calls) == 4
 
 
+def likelihoods(student, prompts, choices):
+    """What `generation.choose` picks by."""
+    with torch.inference_mode(), generation._plain(student) as model:
+        return decoding.likelihoods(
+            model,
+            generation.tokens(student, prompts, 8),
+            [[student.answer_ids(c) for c in cs] for cs in choices],
+        )
+
+
 def test_likelihoods_are_sums_over_the_choices_own_tokens(student):
     choices = [["the house", "a tree"], ["ran", "sat quickly", "flew"]]
-    found = generation.likelihoods(student, PROMPTS[:2], choices, batch_size=2)
+    found = likelihoods(student, PROMPTS[:2], choices)
     student.model.get_base_model().set_attn_implementation("eager")
     for prompt, options, (total, length) in zip(PROMPTS, choices, found, strict=False):
         for option, value, n in zip(options, total, length, strict=True):
@@ -126,23 +155,24 @@ def test_likelihoods_are_sums_over_the_choices_own_tokens(student):
 
 def test_the_choice_of_highest_mean_likelihood_is_picked_and_kept(student, tmp_path, monkeypatch):
     choices = [["the house", "a tree"], ["ran", "sat quickly", "flew"], ["blue", "red"]]
-    picked = generation.choose(student, PROMPTS[:3], choices)
+    (picked,) = generation.choose(student, [(None, PROMPTS[:3])], [choices])
     for options, (total, n), choice in zip(
-        choices, generation.likelihoods(student, PROMPTS[:3], choices), picked, strict=True
+        choices, likelihoods(student, PROMPTS[:3], choices), picked, strict=True
     ):
         assert choice == options[int(np.argmax(total / n))]
-    kept, real, calls = tmp_path / "c.jsonl", generation.likelihoods, []
+    kept, real, calls = tmp_path / "c.jsonl", decoding.likelihoods, []
 
-    def dies(student, prompts, *a, **k):
+    def dies(model, prompts, options):
         calls.append(len(prompts))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(student, prompts, *a, **k)
+        return real(model, prompts, options)
 
-    monkeypatch.setattr(generation, "likelihoods", dies)
+    monkeypatch.setattr(decoding, "likelihoods", dies)
     with pytest.raises(KeyboardInterrupt):
-        generation.choose(student, PROMPTS[:3], choices, kept, batch_size=1)
-    assert generation.choose(student, PROMPTS[:3], choices, kept, batch_size=1) == picked
+        generation.choose(student, [(kept, PROMPTS[:3])], [choices], batch_size=1)
+    again = generation.choose(student, [(kept, PROMPTS[:3])], [choices], batch_size=1)
+    assert again == [picked]
     assert calls == [1, 1, 1, 1]  # the first choice is not made again
 
 
