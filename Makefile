@@ -23,7 +23,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup nlu test test-library test-book book pdf lab check bench clean
+.PHONY: help setup nlu test test-library test-book book pdf lab check bench minutes clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -103,6 +103,9 @@ check: $(READY)  ## style, types, layers, stripped notebooks
 
 bench: $(READY)  ## run the benchmarks beside their peers and write bench.json (ONLY=name for one)
 	$(BIN)/python -m benchmarks.bench $(if $(ONLY),--only $(ONLY))
+
+minutes: $(READY)  ## time every chapter from nothing, twice the book, for the tables of the first page
+	$(BIN)/python -m benchmarks.book
 
 clean:  ## remove the built book and the tools' caches, keep .venv and stored runs
 	rm -rf _build out*.ipynb .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

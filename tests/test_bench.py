@@ -18,7 +18,7 @@ from test_decoders import data as sequences_of
 from test_decoders import llama, spec  # noqa: F401  (a fixture)
 
 from armada_lib.batching import epoch
-from benchmarks import bench, distillation, environments, generation, overhead
+from benchmarks import bench, book, distillation, environments, generation, overhead
 from benchmarks.common import Split, read
 from benchmarks.data import SHARES, Corpus, _stretch, grouped
 from benchmarks.ours import Ours, training
@@ -46,6 +46,25 @@ def test_one_small_benchmark_writes_a_valid_file(tmp_path):
     assert entry["runs"] == 1 and entry["unit"] == "vectors/s" and "2,000" in entry["note"]
     assert 0 < entry["min"] == entry["median"] == entry["max"]
     assert name in done.stdout
+
+
+def test_the_book_is_timed_twice_on_one_empty_store(tmp_path, monkeypatch):
+    stores = []
+
+    def build(folder):
+        stores.append((folder, list(folder.iterdir())))
+        (folder / "ARMADA_STORE").mkdir(exist_ok=True)
+        return 100.04 / len(stores)
+
+    monkeypatch.setattr(book, "ROOT", tmp_path)
+    monkeypatch.setattr(book, "build", build)
+    (tmp_path / "_build" / ".doctrees").mkdir(parents=True)
+    kept = tmp_path / "_build" / ".doctrees" / "seconds.json"
+    kept.write_text('{"02_nlu": 12.34}')
+    found = book.measure()
+    assert (found["all"], found["stored"], found["chapters"]) == (100.0, 50.0, {"02_nlu": 12.3})
+    (first, empty), (second, used) = stores
+    assert first == second and not empty and used and not first.exists()
 
 
 @pytest.mark.parametrize(

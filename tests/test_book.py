@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import logging
 import re
 import sys
@@ -219,6 +220,47 @@ def test_every_chapter_that_judges_claims_shows_their_status():
     assert all(of == counted for of, counted in shown)
     entries = yaml.safe_load((ROOT / "book" / "ledger.yaml").read_text(encoding="utf-8"))["entries"]
     assert {of for of, _ in shown} == {e["chapter"] for e in entries}
+
+
+def test_a_build_leaves_what_each_notebook_took(tmp_path):
+    kept = {"book/02_nlu": {"exec_data": {"runtime": 12.5}}, "book/intro": {}}
+    env = types.SimpleNamespace(nb_metadata=kept)
+    app = types.SimpleNamespace(env=env, doctreedir=str(tmp_path))
+    extension("armada_pages").time_notebooks(app, None)
+    assert json.loads((tmp_path / "seconds.json").read_text()) == {"02_nlu": 12.5}
+
+
+def test_minutes_are_those_of_the_file_to_the_half():
+    minutes = extension("armada_pages").minutes
+    about = {
+        "cores": 2,
+        "bf16": False,
+        "chapters": {"a": 4.0, "b": 74.9, "c": 165.0},
+        "all": 1490,
+        "stored": 95,
+    }
+    shown = [minutes(about, name) for name in ("a", "b", "c", "all", "stored")]
+    assert shown == ["½", "1", "3", "25", "1½"]
+    assert minutes(about, "machine") == "2 cores without bf16 instructions"
+    assert minutes(about | {"bf16": True}, "machine") == "2 cores with bf16 instructions"
+    with pytest.raises(KeyError):
+        minutes(about, "d")
+
+
+def test_readme_and_first_page_have_the_measured_minutes_of_every_chapter():
+    minutes = extension("armada_pages").minutes
+    file = ROOT / "book" / "results" / "minutes.json"
+    about = json.loads(file.read_text(encoding="utf-8"))
+    first = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \{doc\}`(\w+)` .*\{minutes\}`(\w+)` \|", first, flags=re.M)
+    notebooks = {p.stem for p in (ROOT / "book").glob("*.ipynb")}
+    assert all(of == timed for of, timed in rows)
+    assert {of for of, _ in rows} == notebooks == set(about["chapters"])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = re.findall(r"^\| \[.*\]\(book/(\w+)\.ipynb\) .* \| ([\d½]+) \|$", readme, flags=re.M)
+    assert dict(said) == {of: minutes(about, of) for of in notebooks}
+    sentence = f"Minutes are of {minutes(about, 'machine')}; all chapters together took {minutes(about, 'all')}"
+    assert sentence in readme
 
 
 # ----------------------------------------------------------------------------- citation

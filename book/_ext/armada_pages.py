@@ -1,9 +1,10 @@
-"""Pages that know when they are stale, that fetch nothing, and a role that counts a chapter's verdicts."""
+"""Pages that know when they are stale and fetch nothing; roles for a chapter's verdicts and minutes."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,34 @@ class Status(SphinxRole):
         return parts[:-1] or [nodes.Text("–")], []
 
 
+def minutes(about: dict[str, Any], name: str) -> str:
+    """What `book/results/minutes.json` says of a chapter, of "all", of all when "stored", or of the "machine".
+
+    Minutes to the half, at least a half. Raises KeyError for a name that is none of these.
+    """
+    if name == "machine":
+        return f"{about['cores']} cores with{'' if about['bf16'] else 'out'} bf16 instructions"
+    seconds = about[name] if name in ("all", "stored") else about["chapters"][name]
+    whole, half = divmod(max(1, round(seconds / 30)), 2)
+    return f"{whole or ''}{'½' if half else ''}"
+
+
+class Minutes(SphinxRole):
+    """`` {minutes}`02_nlu` ``: what the chapter took where `python -m benchmarks.book` was run last."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        table = Path(self.env.srcdir) / "book" / "results" / "minutes.json"
+        self.env.note_dependency(str(table))
+        return [nodes.Text(minutes(json.loads(table.read_text(encoding="utf-8")), self.text))], []
+
+
+def time_notebooks(app: Any, exception: Exception | None) -> None:
+    """Leave in `_build/.doctrees/seconds.json` what running each notebook took."""
+    kept = getattr(app.env, "nb_metadata", {})
+    seconds = {Path(d).name: m["exec_data"]["runtime"] for d, m in kept.items() if "exec_data" in m}
+    (Path(app.doctreedir) / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+
+
 def no_thebe(app: Any, pagename: str, templatename: str, context: dict, doctree: Any) -> None:
     """Leave out the scripts of an unused live-code button, which name a network address."""
     context["script_files"] = [
@@ -94,8 +123,10 @@ def setup(app: Any) -> dict[str, bool]:
     # A kernel whose outputs are all here need not take its libraries down one by one: a second a page.
     NotebookClient.shutdown_kernel.default_value = "immediate"
     app.add_role("status", Status())
+    app.add_role("minutes", Minutes())
     app.connect("config-inited", buttons)
     app.connect("env-get-outdated", outdated)
     app.connect("env-before-read-docs", order)
     app.connect("html-page-context", no_thebe, priority=900)
+    app.connect("build-finished", time_notebooks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

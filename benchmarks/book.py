@@ -1,0 +1,59 @@
+"""Minutes of the book's chapters: `python -m benchmarks.book` writes `book/results/minutes.json`.
+
+The book is built twice with profile `mini` on an otherwise idle machine: with an empty store, and
+with what that left. The first page and the README show the file, so that nobody types a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from armada_lib import machine
+from armada_lib.profiles import ROOT
+
+OUT = ROOT / "book" / "results" / "minutes.json"
+
+
+def build(folder: Path) -> float:
+    """Seconds of `make book` with store and own projects in `folder`."""
+    ours = {name: str(folder / name) for name in ("ARMADA_STORE", "ARMADA_OWN")}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("ARMADA_")}
+    began = time.monotonic()
+    subprocess.run(
+        ["make", "book"], cwd=ROOT, env=clean | ours | {"ARMADA_PROFILE": "mini"}, check=True
+    )
+    return time.monotonic() - began
+
+
+def measure() -> dict[str, Any]:
+    """Everything that `minutes.json` holds; times in seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        first = build(Path(folder))
+        each = json.loads(
+            (ROOT / "_build" / ".doctrees" / "seconds.json").read_text(encoding="utf-8")
+        )
+        again = build(Path(folder))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    about = {"profile": "mini", "cores": cores, "bf16": machine.bf16(), **machine.environment()}
+    return about | {"chapters": {k: round(v, 1) for k, v in sorted(each.items())}, "all": round(first, 1),
+                    "stored": round(again, 1)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.book", description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, help="file to write")
+    out: Path = parser.parse_args().out
+    if not out.resolve().parent.is_dir():
+        parser.error(f"--out: {out.resolve().parent} is not a folder")
+    out.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
