@@ -25,7 +25,6 @@ from armada_lib import answers
 from armada_lib.decoders import Decoder
 from armada_lib.packing import PACKED
 
-
 Set = tuple[Path | None, Sequence[str]]  # prompts, and the file that keeps their answers
 
 
