@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,8 +120,9 @@ def samples(
         ends = _ends(model, student.tokenizer)
 
         def answer(part: list[int]) -> Iterator[tuple[int, str]]:
-            drawn = Gumbel([_fold(jobs[i].name) for i in part], temperature)
-            pick = greedy if None in seeds else drawn
+            pick: decoding.Pick = greedy
+            if None not in seeds:
+                pick = Gumbel([_fold(jobs[i].name) for i in part], temperature)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 for row, said in decoding.decode(
                     model, [ids[i] for i in part], new_tokens, ends, pick
@@ -128,8 +130,8 @@ def samples(
                     yield part[row], student.tokenizer.decode(said, skip_special_tokens=True)
 
         every = iter(_resumed(jobs, [len(x) for x in ids], answer, batch_size, progress))
-    found = [[[next(every) for _ in seeds] for _ in prompts] for _, prompts in sets]
-    return [[[each[n] for each in one] for n in range(len(seeds))] for one in found]
+    found = [list(islice(every, len(prompts) * len(seeds))) for _, prompts in sets]
+    return [[one[n :: len(seeds)] for n in range(len(seeds))] for one in found]
 
 
 @torch.inference_mode()
@@ -165,7 +167,7 @@ def choose(
                 yield i, said[i][answers.pick(list(total), list(n), normalise=True)]
 
         every = iter(_resumed(jobs, [len(x) for x in ids], answer, batch_size, progress))
-    return [[next(every) for _ in prompts] for _, prompts in sets]
+    return [list(islice(every, len(prompts))) for _, prompts in sets]
 
 
 def _resumed(
