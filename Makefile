@@ -22,6 +22,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Kernels and workers by the hundred import the library: it is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup nlu test test-library test-book book pdf lab check bench minutes clean
 

@@ -129,10 +129,10 @@ def contrasts(frames: Frames) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def contrast_table(frames: Frames) -> pd.DataFrame:
+def contrast_table(found: pd.DataFrame) -> pd.DataFrame:
     """`contrasts` for a page."""
     rows = []
-    for r in contrasts(frames).itertuples():
+    for r in found.itertuples():
         m = MEASURES[str(r.measure)]
         low, high = (number(x, m.digits, "+") for x in (r.low, r.high))
         span = "" if math.isnan(r.low) else f" [{low}, {high}]"

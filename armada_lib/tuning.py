@@ -138,7 +138,9 @@ def _tokenizer(profile: str, student: str) -> Any:
 
 def _kept(s: RunSpec, items: list[Item], path: Path, seed: int | None = None) -> list[str] | None:
     """What a file holds of the answers to these items; None if one is missing."""
-    known, tokenizer = generation.kept_answers(path), _tokenizer(s.profile, s.student)
+    known = generation.kept_answers(path)
+    chats = s.training.template == "chat"  # the one template for which a tokenizer is read
+    tokenizer = _tokenizer(s.profile, s.student) if chats else None
     names = [generation.name(n, p, seed) for n, p in enumerate(_prompts(s, tokenizer, items))]
     return [known[n] for n in names] if known.keys() >= set(names) else None
 

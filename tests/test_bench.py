@@ -51,8 +51,8 @@ def test_one_small_benchmark_writes_a_valid_file(tmp_path):
 def test_the_book_is_timed_twice_on_one_empty_store(tmp_path, monkeypatch):
     stores = []
 
-    def build(folder):
-        stores.append((folder, list(folder.iterdir())))
+    def build(folder, **settings):
+        stores.append((folder, list(folder.iterdir()), settings))
         (folder / "ARMADA_STORE").mkdir(exist_ok=True)
         return 100.04 / len(stores)
 
@@ -63,8 +63,9 @@ def test_the_book_is_timed_twice_on_one_empty_store(tmp_path, monkeypatch):
     kept.write_text('{"02_nlu": 12.34}')
     found = book.measure()
     assert (found["all"], found["stored"], found["chapters"]) == (100.0, 50.0, {"02_nlu": 12.3})
-    (first, empty), (second, used) = stores
+    (first, empty, one), (second, used, usual) = stores
     assert first == second and not empty and used and not first.exists()
+    assert one == {"ARMADA_CHAPTERS": "1"} and not usual  # a chapter's minutes are its own
 
 
 @pytest.mark.parametrize(

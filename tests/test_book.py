@@ -6,15 +6,20 @@ import ast
 import importlib.util
 import json
 import logging
+import os
 import re
 import sys
 import tomllib
 import types
 from functools import cache
 
+import nbformat
 import pytest
 import yaml
 from docutils import nodes
+from jupyter_cache import get_cache
+from nbformat import v4
+from sphinx.errors import ExtensionError
 
 from armada_lib import __version__
 from armada_lib.profiles import ROOT
@@ -178,16 +183,78 @@ def test_one_setting_switches_the_launch_buttons(address):
     assert not ours["sphinx"]["config"]["html_theme_options"]["repository_url"], "no public address"
 
 
+# ----------------------------------------------------------------------------- running the chapters
+
+
+def chapters(folder, **cells):
+    """Notebooks of one cell each in `folder`, and what Sphinx gives an extension that reads them."""
+    for name, code in cells.items():
+        nbformat.write(v4.new_notebook(cells=[v4.new_code_cell(code)]), folder / f"{name}.ipynb")
+    settings = types.SimpleNamespace(execution_cache_path=str(folder / "cache"))
+    env = types.SimpleNamespace(
+        doc2path=lambda d: folder / (d if "." in d else f"{d}.ipynb"), mystnb_config=settings
+    )
+    app = types.SimpleNamespace(
+        config=types.SimpleNamespace(nb_execution_timeout=60), verbosity=0, env=env
+    )
+    return app, env
+
+
+def shown(folder, name):
+    """What the page of a chapter would show; None if it would have to be run again."""
+    cache, notebook = get_cache(folder / "cache"), nbformat.read(folder / f"{name}.ipynb", 4)
+    try:
+        return cache.merge_match_into_notebook(notebook)[1].cells[0].outputs[0].text
+    except KeyError:
+        return None
+
+
+def test_chapters_are_run_in_their_folder_side_by_side_and_again_by_the_next_build(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    run = extension("armada_chapters").run
+    meet = (  # each waits for the other, which only works side by side
+        "import os, pathlib, time\npathlib.Path('{}').touch()\nfor _ in range(300):\n"
+        "    if pathlib.Path('{}').exists(): break\n    time.sleep(0.1)\n"
+        "else: raise TimeoutError\nprint(pathlib.Path('said').read_text(), os.environ['OMP_NUM_THREADS'])"
+    )
+    app, env = chapters(tmp_path, a=meet.format("a.met", "b.met"), b=meet.format("b.met", "a.met"))
+    (tmp_path / "said").write_text("first")
+    run(app, env, ["a", "b", "intro.md"])
+    assert shown(tmp_path, "a") == shown(tmp_path, "b") == "first 3\n"
+    (tmp_path / "said").write_text("second")
+    run(app, env, ["intro.md"])  # nothing to run: nothing is thrown away
+    assert shown(tmp_path, "a") == "first 3\n"
+    run(app, env, ["a"])
+    assert shown(tmp_path, "a") == "second 6\n" and shown(tmp_path, "b") is None
+
+
+def test_a_chapter_that_fails_ends_the_build_with_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARMADA_CHAPTERS", "1")
+    app, env = chapters(tmp_path, a="1 / 0", b="1")
+    with pytest.raises(ExtensionError, match=r"a\.ipynb failed:(?s:.*)ZeroDivisionError"):
+        extension("armada_chapters").run(app, env, ["a", "b"])
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "two", "1.5"])
+def test_the_number_of_chapters_at_a_time_is_checked(said, monkeypatch):
+    monkeypatch.setenv("ARMADA_CHAPTERS", said)
+    with pytest.raises(ExtensionError, match=f"ARMADA_CHAPTERS is '{said}': give a whole number"):
+        extension("armada_chapters").at_a_time()
+
+
 # ----------------------------------------------------------------------------- the first page
 
 
-def role(folder, chapter):
-    """What `{status}` makes of a chapter in a page of a book in `folder`, and the files it rests on."""
+def role(folder, text, named="Status"):
+    """What a role makes of a text in a page of a book in `folder`, and the files it rests on."""
     used = []
     env = types.SimpleNamespace(srcdir=str(folder), docname="intro", note_dependency=used.append)
     settings = types.SimpleNamespace(env=env)
     inliner = types.SimpleNamespace(document=types.SimpleNamespace(settings=settings))
-    made, problems = extension("armada_pages").Status()("status", chapter, chapter, 1, inliner)
+    made, problems = getattr(extension("armada_pages"), named)()("r", text, text, 1, inliner)
     assert not problems
     return made, used
 
@@ -204,14 +271,29 @@ def test_the_first_page_counts_what_became_of_a_chapters_claims(tmp_path):
     assert [n.astext() for n in role(tmp_path, "c")[0]] == ["–"]
 
 
-def test_without_a_ledger_the_build_is_warned(tmp_path, caplog):
+@pytest.fixture
+def warned(caplog):
     logger = logging.getLogger("sphinx.armada_pages")
     logger.addHandler(caplog.handler)
-    try:
-        assert role(tmp_path, "a") == ([], [])
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "no ledger to count in" in caplog.text
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_without_a_ledger_the_build_is_warned(tmp_path, warned):
+    assert role(tmp_path, "a") == ([], [])
+    assert "no ledger to count in" in warned.text
+
+
+def test_minutes_of_nothing_that_is_timed_warn_and_name_what_is(tmp_path, warned):
+    file = tmp_path / "book" / "results" / "minutes.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        '{"cores": 2, "bf16": true, "all": 600, "stored": 60, "chapters": {"02_nlu": 90}}'
+    )
+    made, used = role(tmp_path, "02_nlu", "Minutes")
+    assert [n.astext() for n in made] == ["1½"] and used == [str(file)]
+    assert role(tmp_path, "02_nul", "Minutes") == ([], [str(file)])
+    assert "no minutes of '02_nul'; there are: all, stored, machine, 02_nlu" in warned.text
 
 
 def test_every_chapter_that_judges_claims_shows_their_status():

@@ -71,9 +71,7 @@ def measure(evidence: str, name: str) -> Measured | None:
         raise ValueError(f"unknown measure {name!r}; measures are {', '.join(findings.MEASURES)}")
     ends = found["low"].where(found["claimed"] > 0, -found["high"])
     sure, agrees = ends > 0, found["mean"] * found["claimed"] > 0
-    shown = (
-        findings.contrast_table(frames).set_index("measure").loc[[findings.MEASURES[name].about]]
-    )
+    shown = findings.contrast_table(found)
     short = "; ".join(
         f"{r['measured difference']} over {'' if r['ARMADA minus'] == 'undistilled' else 'the '}"
         f"{r['ARMADA minus']}"

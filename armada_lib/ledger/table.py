@@ -165,7 +165,7 @@ def summary() -> Figure:
 
 
 def show_on_front_page() -> Path:
-    """Save the summary where the book's introduction, which is read last, looks for it."""
+    """Save the summary where the book's introduction looks for it."""
     return figures.save(summary(), ROOT / "book" / "_static" / "ledger.svg")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Evidence:
         used = {r["spec"].teacher for r in self.records}
         return [t for t in profiles.load(self.records[0]["spec"].profile).teachers if t in used]
 
-    @property
+    @cached_property
     def said(self) -> str:
         one: RunSpec = self.records[0]["spec"]
         # by arm: a task's seeds are no seeds of an arm that has run with one of them
@@ -91,4 +91,10 @@ class Evidence:
 def committed(name: str) -> Evidence:
     """Evidence in `book/results/<name>.jsonl`; `profiles.Unknown` lists what there is."""
     check(name, [p.stem for p in folder().glob("*.jsonl")], "evidence in book/results")
-    return Evidence(name, results.read(folder() / f"{name}.jsonl"))
+    path = folder() / f"{name}.jsonl"
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@cache  # the ledger asks for some files a dozen times
+def _read(path: Path, changed: int) -> Evidence:
+    return Evidence(path.stem, results.read(path))

@@ -168,7 +168,7 @@ def main(p: Studied) -> pd.DataFrame:
 
 
 def show_on_front_page(p: Studied) -> Path | None:
-    """Save main contrasts and first sentence where the book's introduction, read last, looks for them."""
+    """Save main contrasts and first sentence where the book's introduction looks for them."""
     if p.study.name != "study" or not p.records:
         return None
     folder = profiles.ROOT / "book" / "_static"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from nbclient import NotebookClient
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
@@ -40,9 +39,11 @@ def outdated(app: Any, env: Any, added: set, changed: set, removed: set) -> list
     return [d for d in env.found_docs if str(env.doc2path(d)).endswith(".ipynb")]
 
 
-def order(app: Any, env: Any, docnames: list[str]) -> None:
-    """Read the introduction last: it shows figures, a sentence and counts that other pages make."""
-    docnames.sort(key=lambda d: (d == app.config.root_doc, d))
+def nothing(role: SphinxRole, message: str, *about: object) -> tuple[list, list]:
+    """What a role gives that can say nothing; the build is warned, with the place on the page."""
+    where = (role.env.docname, role.lineno)
+    logging.getLogger(__name__).warning(message, *about, location=where)
+    return [], []
 
 
 class Status(SphinxRole):
@@ -54,9 +55,7 @@ class Status(SphinxRole):
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         table = Path(self.env.srcdir) / "book" / "ledger.csv"
         if not table.exists():
-            where = (self.env.docname, self.lineno)
-            logging.getLogger(__name__).warning("no ledger to count in: %s", table, location=where)
-            return [], []
+            return nothing(self, "no ledger to count in: %s", table)
         self.env.note_dependency(str(table))
         with table.open(encoding="utf-8", newline="") as lines:
             rows = [r for r in csv.DictReader(lines) if r["chapter"] == self.text]
@@ -86,7 +85,12 @@ class Minutes(SphinxRole):
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         table = Path(self.env.srcdir) / "book" / "results" / "minutes.json"
         self.env.note_dependency(str(table))
-        return [nodes.Text(minutes(json.loads(table.read_text(encoding="utf-8")), self.text))], []
+        about = json.loads(table.read_text(encoding="utf-8"))
+        try:
+            return [nodes.Text(minutes(about, self.text))], []
+        except KeyError:
+            known = ", ".join(["all", "stored", "machine", *about["chapters"]])
+            return nothing(self, "no minutes of %r; there are: %s", self.text, known)
 
 
 def time_notebooks(app: Any, exception: Exception | None) -> None:
@@ -120,13 +124,10 @@ def buttons(app: Any, config: Any) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
-    # A kernel whose outputs are all here need not take its libraries down one by one: a second a page.
-    NotebookClient.shutdown_kernel.default_value = "immediate"
     app.add_role("status", Status())
     app.add_role("minutes", Minutes())
     app.connect("config-inited", buttons)
     app.connect("env-get-outdated", outdated)
-    app.connect("env-before-read-docs", order)
     app.connect("html-page-context", no_thebe, priority=900)
     app.connect("build-finished", time_notebooks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
