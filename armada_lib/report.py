@@ -228,7 +228,7 @@ def printed_cells(published: pd.DataFrame) -> pd.DataFrame:
 
 def gain_grid(df: pd.DataFrame) -> pd.DataFrame:
     """Gains over undistilled: a row an arm; the mean over tasks, then a column a task."""
-    found = arms(df)
+    found, scores = arms(df), by_arm(df)
     names = list(dict.fromkeys(found.sort_values(["control"], kind="stable")["arm"]))
     rows = []
     for name in names:
@@ -238,7 +238,7 @@ def gain_grid(df: pd.DataFrame) -> pd.DataFrame:
         row = {"trained as": name}
         for x in d.itertuples():
             row[x.title] = signed(x.mean) + interval(x.low, x.high)
-        a = average(df, name)
+        a = average(scores, name)
         row["mean over tasks"] = signed(a["mean"]) + interval(a["low"], a["high"])
         rows.append(row)
     out = pd.DataFrame(rows)
@@ -246,12 +246,16 @@ def gain_grid(df: pd.DataFrame) -> pd.DataFrame:
     return out[["trained as", "mean over tasks", *titles]].fillna("–")
 
 
-def average(df: pd.DataFrame, of: str, against: str = "undistilled") -> dict[str, float]:
-    """Difference averaged over the tasks: one number a seed, then mean and t interval over seeds."""
-    table = arms(df).pivot_table(index=["task", "seed"], columns="arm", values="score")
-    if of not in table or against not in table:
+def by_arm(df: pd.DataFrame) -> pd.DataFrame:
+    """Scores of the students with a row a task and seed, and a column an arm."""
+    return arms(df).pivot_table(index=["task", "seed"], columns="arm", values="score")
+
+
+def average(scores: pd.DataFrame, of: str, against: str = "undistilled") -> dict[str, float]:
+    """Difference in `by_arm` over the tasks: one number a seed, then mean and t interval over seeds."""
+    if of not in scores or against not in scores:
         return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0, "tasks": 0}
-    values, n = by_seed(table[of] - table[against])
+    values, n = by_seed(scores[of] - scores[against])
     s = stats.summary(values)
     low, high = (s.low, s.high) if s.n > 2 else (math.nan, math.nan)
     return {"mean": s.mean, "low": low, "high": high, "n": s.n, "tasks": n}
@@ -281,11 +285,11 @@ def judge(
     Undecided: fewer than three seeds, or every mean above zero and a manifold loss that was not run.
     Otherwise not reproduced.
     """
-    parts, sure, positive, seeds, ran = [], True, True, [], set(arms(df)["arm"])
+    parts, sure, positive, seeds, scores = [], True, True, [], by_arm(df)
     for name in names:
         own = next((f"{control} ({m})" for m, said in LOSS.items() if said in name), control)
-        beside_it = own if own in ran else control
-        over, beside = average(df, name), average(df, name, beside_it)
+        beside_it = own if own in scores else control
+        over, beside = average(scores, name), average(scores, name, beside_it)
         if not beside["n"]:
             return "undecided", f"No run of the {control} stands beside {name}."
         for x in (over, beside):

@@ -153,7 +153,7 @@ def test_a_loss_is_compared_with_the_arm_that_is_named():
     found = judges.over("instruction_cpu", "SeqKD")
     df = plans.committed("instruction_cpu").frame
     df = df[df["teacher"].isna() | (df["teacher"] == "sd14")]
-    mean = report.average(df, "ARMADA cosine", "SeqKD")["mean"]
+    mean = report.average(report.by_arm(df), "ARMADA cosine", "SeqKD")["mean"]
     assert f"ARMADA cosine minus SeqKD {mean:+.1f}".replace("-", "−") in found.short
     assert found.outcome == "undecided"  # one or two seeds
     assert judges.over("instruction_cpu", "nobody") is None

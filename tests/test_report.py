@@ -107,7 +107,7 @@ def test_the_average_uses_the_same_tasks_for_every_seed():
     rows += [("cola", "armada", "euclid", s, 2 + s) for s in (0, 1)] + [
         ("rte", "armada", "euclid", 0, 100)
     ]
-    a = report.average(frame(rows), "ARMADA Euclid")
+    a = report.average(report.by_arm(frame(rows)), "ARMADA Euclid")
     assert (a["mean"], a["n"], a["tasks"]) == (2.5, 2, 1)
 
 

@@ -51,8 +51,14 @@ def judged(found: tuple[str, str], short: str, e: plans.Evidence, seeds: str = "
     return Measured(found[0], short, found[1], e.said, seeds or _seeds(e))
 
 
-def _gap(x: Mapping[str, float]) -> str:
-    return report.signed(x["mean"]) + report.interval(x["low"], x["high"])
+def _gains(df: pd.DataFrame, names: Sequence[str], between: str = "; ") -> str:
+    """Each arm of ARMADA over undistilled, in short."""
+    scores, found = report.by_arm(df), []
+    for name in names:
+        x = report.average(scores, name)
+        said = report.signed(x["mean"]) + report.interval(x["low"], x["high"])
+        found.append(f"{name.removeprefix('ARMADA ')} {said}")
+    return between.join(found)
 
 
 def _chosen(e: plans.Evidence, tasks: Sequence[str] = ()) -> pd.DataFrame:
@@ -84,7 +90,7 @@ def losses(evidence: str, tasks: Sequence[str] = ()) -> Measured | None:
     names = _losses(df)
     if not names:
         return None
-    short = "; ".join(f"{n.removeprefix('ARMADA ')} {_gap(report.average(df, n))}" for n in names)
+    short = _gains(df, names)
     return judged(report.judge(df, names), short, e, _seeds(e, df))
 
 
@@ -103,10 +109,7 @@ def f1(evidence: str) -> Measured | None:
         outcome, text = report.judge(df, names)
         outcomes.append(outcome)
         texts.append(f"{metric}: {text}")
-        gains = ", ".join(
-            f"{n.removeprefix('ARMADA ')} {_gap(report.average(df, n))}" for n in names
-        )
-        short.append(f"{metric}: {gains}")
+        short.append(f"{metric}: {_gains(df, names, ', ')}")
     return judged((min(outcomes, key=WORST.index), " ".join(texts)), "; ".join(short), e)
 
 
@@ -125,7 +128,7 @@ def over(evidence: str, against: str) -> Measured | None:
     """Every loss over one other arm, averaged over tasks."""
     e = plans.committed(evidence)
     df = _chosen(e)
-    scores = report.arms(df).pivot_table(index=["task", "seed"], columns="arm", values="score")
+    scores = report.by_arm(df)
     gaps = {f"{n} minus {against}": (scores[n] - scores[against]).dropna()
             for n in _losses(df) if against in scores}  # fmt: skip
     if not gaps:
@@ -200,7 +203,7 @@ def ahead(evidence: str, table: int) -> Measured | None:
     df, mine, others = _table(e, table)
     if not others:
         return None
-    scores = report.arms(df).pivot_table(index=["task", "seed"], columns="arm", values="score")
+    scores = report.by_arm(df)
     gaps = {f"minus {o}": (scores[mine] - scores[o]).dropna() for o in others if mine in scores}
     leads = [report.by_seed(g)[0].mean() for g in gaps.values() if len(g)]
     short = f"ahead of {sum(x > 0 for x in leads)} of {len(leads)} baselines"
