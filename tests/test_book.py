@@ -194,10 +194,15 @@ def chapters(folder, **cells):
     env = types.SimpleNamespace(
         doc2path=lambda d: folder / (d if "." in d else f"{d}.ipynb"), mystnb_config=settings
     )
-    app = types.SimpleNamespace(
-        config=types.SimpleNamespace(nb_execution_timeout=60), verbosity=0, env=env
-    )
-    return app, env
+    config = types.SimpleNamespace(nb_execution_timeout=60, root_doc="intro.md")
+    return types.SimpleNamespace(config=config, env=env)
+
+
+def read(app, *docnames):
+    """What Sphinx has the extension do when it reads these pages."""
+    extension("armada_chapters").start(app, app.env, list(docnames))
+    for name in docnames:
+        extension("armada_chapters").await_chapter(app, name, [""])
 
 
 def shown(folder, name):
@@ -214,28 +219,34 @@ def test_chapters_are_run_in_their_folder_side_by_side_and_again_by_the_next_bui
 ):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    run = extension("armada_chapters").run
     meet = (  # each waits for the other, which only works side by side
         "import os, pathlib, time\npathlib.Path('{}').touch()\nfor _ in range(300):\n"
         "    if pathlib.Path('{}').exists(): break\n    time.sleep(0.1)\n"
         "else: raise TimeoutError\nprint(pathlib.Path('said').read_text(), os.environ['OMP_NUM_THREADS'])"
     )
-    app, env = chapters(tmp_path, a=meet.format("a.met", "b.met"), b=meet.format("b.met", "a.met"))
+    app = chapters(tmp_path, a=meet.format("a.met", "b.met"), b=meet.format("b.met", "a.met"))
     (tmp_path / "said").write_text("first")
-    run(app, env, ["a", "b", "intro.md"])
+    read(app, "a", "intro.md", "b")
     assert shown(tmp_path, "a") == shown(tmp_path, "b") == "first 3\n"
     (tmp_path / "said").write_text("second")
-    run(app, env, ["intro.md"])  # nothing to run: nothing is thrown away
+    read(app, "intro.md")  # nothing to run: nothing is thrown away
     assert shown(tmp_path, "a") == "first 3\n"
-    run(app, env, ["a"])
+    read(app, "a")
     assert shown(tmp_path, "a") == "second 6\n" and shown(tmp_path, "b") is None
+
+
+def test_the_introduction_is_read_when_all_chapters_have_run(tmp_path):
+    app = chapters(tmp_path, a="1", b="open('made', 'w').close()")
+    extension("armada_chapters").start(app, app.env, ["a", "b", "intro.md"])
+    extension("armada_chapters").await_chapter(app, "intro.md", [""])
+    assert (tmp_path / "made").exists() and not app.armada_running
 
 
 def test_a_chapter_that_fails_ends_the_build_with_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv("ARMADA_CHAPTERS", "1")
-    app, env = chapters(tmp_path, a="1 / 0", b="1")
+    app = chapters(tmp_path, a="1 / 0", b="1")
     with pytest.raises(ExtensionError, match=r"a\.ipynb failed:(?s:.*)ZeroDivisionError"):
-        extension("armada_chapters").run(app, env, ["a", "b"])
+        read(app, "a", "b")
 
 
 @pytest.mark.parametrize("said", ["0", "-1", "two", "1.5"])

@@ -1,6 +1,6 @@
-"""Chapters are run before their pages are read, several at a time, each in a kernel of its own.
+"""Chapters are run while pages are read, several at a time, each in a kernel of its own.
 
-Reading a page takes its chapter's outputs from jupyter-cache. What an earlier build left there is
+Reading a page waits for its chapter and takes the outputs from jupyter-cache. What an earlier build left there is
 thrown away first, so that a page always shows a run of the library, parameters and data as they are:
 results are kept in the store of runs, never as cells.
 """
@@ -8,7 +8,7 @@ results are kept in the store of runs, never as cells.
 from __future__ import annotations
 
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from jupyter_cache.executors.utils import single_nb_execution
 from nbclient import NotebookClient
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
-from sphinx.util.display import status_iterator
 
 NVIDIA = Path("/proc/driver/nvidia/version")  # as the library tells which profile is the default
 
@@ -47,31 +46,37 @@ def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, float, str
     return done.nb, done.time, done.exc_string
 
 
-def run(app: Any, env: Any, docnames: list[str]) -> None:
-    """Run the chapters among the pages to be read, and keep their outputs for the reading.
-
-    Raises ExtensionError with the traceback for a chapter that fails, once those under way have ended.
-    """
-    paths = [p for d in docnames if (p := Path(env.doc2path(d))).suffix == ".ipynb"]
+def start(app: Any, env: Any, docnames: list[str]) -> None:
+    """Begin to run the chapters among the pages to be read, in that order."""
+    paths = {d: p for d in docnames if (p := Path(env.doc2path(d))).suffix == ".ipynb"}
+    app.armada_running = {}
     if not paths:
         return
-    cache = get_cache(env.mystnb_config.execution_cache_path)
-    cache.clear_cache()
+    get_cache(env.mystnb_config.execution_cache_path).clear_cache()
     n = min(at_a_time(), len(paths))
     logging.getLogger(__name__).info("running %d chapters, %d at a time", len(paths), n)
-    with ProcessPoolExecutor(n, initializer=share, initargs=(n,)) as pool:
-        begun = {pool.submit(execute, p, app.config.nb_execution_timeout): p for p in paths}
-        shown = status_iterator(
-            as_completed(begun), "running chapters... ", "purple", len(begun), app.verbosity,
-            stringify_func=lambda done: begun[done].stem,
-        )  # fmt: skip
-        for done in shown:
-            notebook, seconds, failure = done.result()
-            if failure:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise ExtensionError(f"{begun[done]} failed:\n{failure}")
-            kept = CacheBundleIn(notebook, str(begun[done]), data={"execution_seconds": seconds})
-            cache.cache_notebook_bundle(kept, check_validity=False, overwrite=True)
+    app.armada_pool = ProcessPoolExecutor(n, initializer=share, initargs=(n,))
+    for docname, path in paths.items():
+        begun = app.armada_pool.submit(execute, path, app.config.nb_execution_timeout)
+        app.armada_running[docname] = path, begun
+
+
+def await_chapter(app: Any, docname: str, source: list[str]) -> None:
+    """Before a page is read: have its chapter's outputs; before the introduction, those of all.
+
+    The introduction shows figures, a sentence and counts that other pages make. Raises ExtensionError
+    with the traceback for a chapter that failed; those under way are ended first, no other is begun.
+    """
+    running = app.armada_running
+    for name in list(running) if docname == app.config.root_doc else {docname} & set(running):
+        path, begun = running.pop(name)
+        notebook, seconds, failure = begun.result()
+        if failure:
+            app.armada_pool.shutdown(cancel_futures=True)
+            raise ExtensionError(f"{path} failed:\n{failure}")
+        cache = get_cache(app.env.mystnb_config.execution_cache_path)
+        kept = CacheBundleIn(notebook, str(path), data={"execution_seconds": seconds})
+        cache.cache_notebook_bundle(kept, check_validity=False, overwrite=True)
 
 
 def side_by_side(app: Any, env: Any) -> None:
@@ -83,6 +88,7 @@ def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
     # A kernel whose outputs are all here need not take its libraries down one by one: a second a page.
     NotebookClient.shutdown_kernel.default_value = "immediate"
-    app.connect("env-before-read-docs", run)
+    app.connect("env-before-read-docs", start)
+    app.connect("source-read", await_chapter)
     app.connect("env-updated", side_by_side)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
