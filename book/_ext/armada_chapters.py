@@ -7,8 +7,10 @@ results are kept in the store of runs, never as cells.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -34,49 +36,84 @@ def at_a_time() -> int:
     return int(said)
 
 
-def share(n: int) -> None:
+def begin(n: int, ended: Event) -> None:
     """Leave each of `n` chapters its part of the cores: more threads than cores wait for each other."""
+    global build_ended
+    build_ended = ended
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
 
 
 def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, float, str | None]:
     """(notebook with outputs, seconds, traceback of the cell that failed)."""
     notebook = nbformat.read(path, as_version=4)
+    if build_ended.is_set():  # a pool hands out a task or two that can no longer be cancelled
+        return notebook, 0.0, "not run, since the build has ended"
     done = single_nb_execution(notebook, str(path.parent), timeout, allow_errors=False)
     return done.nb, done.time, done.exc_string
 
 
+class Running:
+    """The chapters among the pages to be read, begun in that order."""
+
+    def __init__(self, app: Any, docnames: list[str]):
+        paths = {d: p for d in docnames if (p := Path(app.env.doc2path(d))).suffix == ".ipynb"}
+        self.begun: dict[str, tuple[Path, Future]] = {}
+        if not paths:
+            return
+        self.cache = get_cache(app.env.mystnb_config.execution_cache_path)
+        self.cache.clear_cache()
+        n = min(at_a_time(), len(paths))
+        logging.getLogger(__name__).info("running %d chapters, %d at a time", len(paths), n)
+        self.ended = multiprocessing.Event()
+        self.pool = ProcessPoolExecutor(n, initializer=begin, initargs=(n, self.ended))
+        for docname, path in paths.items():
+            task = self.pool.submit(execute, path, app.config.nb_execution_timeout)
+            self.begun[docname] = path, task
+
+    def take(self, docname: str) -> None:
+        """Wait for a chapter and put its outputs where its page is read from.
+
+        Raises ExtensionError with the traceback if it failed.
+        """
+        path, task = self.begun[docname]
+        notebook, seconds, failure = task.result()
+        if failure:
+            raise ExtensionError(f"{path} failed:\n{failure}")
+        kept = CacheBundleIn(notebook, str(path), data={"execution_seconds": seconds})
+        self.cache.cache_notebook_bundle(kept, check_validity=False, overwrite=True)
+        del self.begun[docname]
+
+    def end(self) -> None:
+        """Begin no further chapter; those under way end by themselves, or with Ctrl-C."""
+        if self.begun:
+            self.ended.set()
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
 def start(app: Any, env: Any, docnames: list[str]) -> None:
-    """Begin to run the chapters among the pages to be read, in that order."""
-    paths = {d: p for d in docnames if (p := Path(env.doc2path(d))).suffix == ".ipynb"}
-    app.armada_running = {}
-    if not paths:
-        return
-    get_cache(env.mystnb_config.execution_cache_path).clear_cache()
-    n = min(at_a_time(), len(paths))
-    logging.getLogger(__name__).info("running %d chapters, %d at a time", len(paths), n)
-    app.armada_pool = ProcessPoolExecutor(n, initializer=share, initargs=(n,))
-    for docname, path in paths.items():
-        begun = app.armada_pool.submit(execute, path, app.config.nb_execution_timeout)
-        app.armada_running[docname] = path, begun
+    """Begin to run the chapters."""
+    app.armada_running = Running(app, docnames)
 
 
 def await_chapter(app: Any, docname: str, source: list[str]) -> None:
     """Before a page is read: have its chapter's outputs; before the introduction, those of all.
 
-    The introduction shows figures, a sentence and counts that other pages make. Raises ExtensionError
-    with the traceback for a chapter that failed; those under way are ended first, no other is begun.
+    The introduction shows figures, a sentence and counts that other pages make.
     """
     running = app.armada_running
-    for name in list(running) if docname == app.config.root_doc else {docname} & set(running):
-        path, begun = running.pop(name)
-        notebook, seconds, failure = begun.result()
-        if failure:
-            app.armada_pool.shutdown(cancel_futures=True)
-            raise ExtensionError(f"{path} failed:\n{failure}")
-        cache = get_cache(app.env.mystnb_config.execution_cache_path)
-        kept = CacheBundleIn(notebook, str(path), data={"execution_seconds": seconds})
-        cache.cache_notebook_bundle(kept, check_validity=False, overwrite=True)
+    whole = docname == app.config.root_doc
+    try:
+        for name in list(running.begun) if whole else {docname} & set(running.begun):
+            running.take(name)
+    except BaseException:  # Ctrl-C, too: no chapter must begin after it
+        running.end()
+        raise
+
+
+def end(app: Any, exception: Exception | None) -> None:
+    """After a page that cannot be read no other chapter is begun."""
+    if hasattr(app, "armada_running"):
+        app.armada_running.end()
 
 
 def side_by_side(app: Any, env: Any) -> None:
@@ -91,4 +128,5 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("env-before-read-docs", start)
     app.connect("source-read", await_chapter)
     app.connect("env-updated", side_by_side)
+    app.connect("build-finished", end)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
