@@ -249,8 +249,7 @@ def test_a_chapter_that_fails_ends_the_build_with_its_traceback(tmp_path, monkey
     app = chapters(tmp_path, a="1 / 0", b=make.format("b"), c=make.format("c"))
     with pytest.raises(ExtensionError, match=r"a\.ipynb failed:(?s:.*)ZeroDivisionError"):
         read(app, "a", "b", "c")
-    for _, task in app.armada_running.begun.values():
-        futures.wait([task], timeout=60)
+    futures.wait([task for _, task in app.armada_running.begun.values()], timeout=60)
     assert not (tmp_path / "c").exists()  # b may have been under way
 
 

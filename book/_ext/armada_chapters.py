@@ -1,8 +1,8 @@
 """Chapters are run while pages are read, several at a time, each in a kernel of its own.
 
-Reading a page waits for its chapter and takes the outputs from jupyter-cache. What an earlier build left there is
-thrown away first, so that a page always shows a run of the library, parameters and data as they are:
-results are kept in the store of runs, never as cells.
+Reading a page waits for its chapter and takes the outputs from jupyter-cache. What an earlier build
+left there is thrown away first, so that a page always shows a run of the library, parameters and data
+as they are: results are kept in the store of runs, never as cells.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ def at_a_time() -> int:
 
 
 def begin(n: int, ended: Event) -> None:
-    """Leave each of `n` chapters its part of the cores: more threads than cores wait for each other."""
+    """In a process that runs chapters, one of `n`: its part of the cores, and whether the build has ended."""
     global build_ended
     build_ended = ended
+    # more threads than cores would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
 
 
 def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, float, str | None]:
     """(notebook with outputs, seconds, traceback of the cell that failed)."""
     notebook = nbformat.read(path, as_version=4)
-    if build_ended.is_set():  # a pool hands out a task or two that can no longer be cancelled
+    if build_ended.is_set():  # the interpreter waits for all that was handed to the pool
         return notebook, 0.0, "not run, since the build has ended"
     done = single_nb_execution(notebook, str(path.parent), timeout, allow_errors=False)
     return done.nb, done.time, done.exc_string
@@ -65,9 +66,9 @@ class Running:
         n = min(at_a_time(), len(paths))
         logging.getLogger(__name__).info("running %d chapters, %d at a time", len(paths), n)
         self.ended = multiprocessing.Event()
-        self.pool = ProcessPoolExecutor(n, initializer=begin, initargs=(n, self.ended))
+        pool = ProcessPoolExecutor(n, initializer=begin, initargs=(n, self.ended))
         for docname, path in paths.items():
-            task = self.pool.submit(execute, path, app.config.nb_execution_timeout)
+            task = pool.submit(execute, path, app.config.nb_execution_timeout)
             self.begun[docname] = path, task
 
     def take(self, docname: str) -> None:
@@ -87,7 +88,6 @@ class Running:
         """Begin no further chapter; those under way end by themselves, or with Ctrl-C."""
         if self.begun:
             self.ended.set()
-            self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def start(app: Any, env: Any, docnames: list[str]) -> None:
