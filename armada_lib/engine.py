@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from armada_lib import losses, machine
+from armada_lib import autocast, losses, machine
 from armada_lib.batching import Encoded, epoch, plan
 from armada_lib.methods import Method, Phase
 from armada_lib.profiles import Training
@@ -187,16 +187,17 @@ def train(
             # Dropout depends on seed, step and process alone: a resumed run draws the same masks.
             torch.manual_seed(_fold(seed, run.step, acc.process_index))
             out: StudentOutput | None = None
-            if phase != "aligner" and method.predicts:
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    out = student(method.inputs(batch))
-            if method.partners:
-                method.turn(batch, out, step)
-            terms = method.losses(batch, out, phase, centroid)
-            if run.step in probed and out is not None:
-                run.probes.append({"step": run.step, **_gradients(student, terms, out)})
-            total = torch.stack(list(terms.values())).sum()
-            total.backward()
+            with autocast.products(device, bf16):
+                if phase != "aligner" and method.predicts:
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                        out = student(method.inputs(batch))
+                if method.partners:
+                    method.turn(batch, out, step)
+                terms = method.losses(batch, out, phase, centroid)
+                if run.step in probed and out is not None:
+                    run.probes.append({"step": run.step, **_gradients(student, terms, out)})
+                total = torch.stack(list(terms.values())).sum()
+                total.backward()
             if world > 1:
                 _average_gradients(acc, [p for n in moving for p in optimisers[n].params])
             norms = {f"grad_{n}": optimisers[n].step() for n in moving}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from armada_lib import autocast
 from armada_lib.batching import Encoded
 from armada_lib.methods import Method
 from armada_lib.results import decide_each
@@ -32,7 +33,7 @@ def predict(student: Student, method: Method, data: Encoded, bf16: bool) -> dict
     rows_seen = []
     for i in range(0, len(order), EVAL_BATCH):
         batch = data.batch(order[i : i + EVAL_BATCH], student.packs).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocast.to_bf16(device, bf16):
             out = student(method.inputs(batch))
         heads = {
             "student": out.logits,

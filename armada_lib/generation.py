@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.mkldnn import MkldnnLinear
 from tqdm import tqdm
 
-from armada_lib import answers
+from armada_lib import answers, autocast
 from armada_lib.decoders import Decoder
 from armada_lib.packing import PACKED
 
@@ -123,7 +123,7 @@ def samples(
             pick: decoding.Pick = greedy
             if None not in seeds:
                 pick = Gumbel([_fold(jobs[i].name) for i in part], temperature)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast.to_bf16(device, bf16):
                 for row, said in decoding.decode(
                     model, [ids[i] for i in part], new_tokens, ends, pick
                 ):
@@ -159,7 +159,7 @@ def choose(
     with _plain(student) as model:
 
         def answer(part: list[int]) -> Iterator[tuple[int, str]]:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast.to_bf16(device, bf16):
                 found = decoding.likelihoods(
                     model, [ids[i] for i in part], [options[i] for i in part]
                 )

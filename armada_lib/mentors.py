@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from armada_lib import encoding, run_data, specs
+from armada_lib import autocast, encoding, run_data, specs
 from armada_lib.batching import Batch, Encoded
 from armada_lib.evaluation import EVAL_BATCH
 from armada_lib.extraction import every
@@ -178,7 +178,7 @@ class Stored:
         for i in range(0, len(order), EVAL_BATCH):
             batch = data.batch(order[i : i + EVAL_BATCH], student.packs).to(device)
             bf16 = self.spec.training.precision == "bf16"
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast.to_bf16(device, bf16):
                 rows = say(student, batch).cpu()
             if found is None:
                 found = rows.new_empty(len(data.tokens), *rows.shape[1:])

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from armada_lib import evaluation, runs, transfer
+from armada_lib import autocast, evaluation, runs, transfer
 from armada_lib.aligner import TSAligner
 from armada_lib.batching import Encoded
 from armada_lib.files import write_tensors
@@ -112,7 +112,7 @@ def read(
     seen = []
     for at in range(0, len(rows), evaluation.EVAL_BATCH):
         batch = data.batch(rows[at : at + evaluation.EVAL_BATCH], student.packs).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocast.to_bf16(device, bf16):
             out = student(method.inputs(batch))
         parts: dict[str, Any] = {
             "student_hidden": out.hidden, "student_projection": out.projection,

@@ -7,7 +7,7 @@ import functools
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def run(
             "`starts.prepare([spec], RunStore())`"
         )
     patience = -1 if wait else 0
-    with store.lock(s.key).acquire(patience) if main else contextlib.nullcontext():
+    with store.lock(s.key).acquire(patience) if main else contextlib.nullcontext(), _released():
         if main and (found := store.load(s.key)) is not None and accelerator is None:
             return found
         if main:
@@ -77,8 +77,22 @@ def run(
         result = compute(s, store, accelerator, progress)
         if main:
             store.save(result)
-        gc.collect()  # models and optimisers refer to each other; a worker makes many of them
     return result
+
+
+@contextlib.contextmanager
+def _released() -> Iterator[None]:
+    """What is made meanwhile and left over is freed at the end: a worker makes many models.
+
+    Models and optimisers refer to each other. Older objects, the many of all imports among them,
+    are not searched.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
 
 
 def build(
