@@ -28,6 +28,7 @@ def environment() -> dict[str, Any]:
         "system": platform.system(), "machine": platform.machine(),
         "cpu": torch.cpu.get_capabilities().get("cpu_name", "unknown"), "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "bf16": bf16("cuda" if torch.cuda.is_available() else "cpu"),
     }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def measure() -> dict[str, Any]:
         chapters = json.loads(left.read_text(encoding="utf-8"))
         again = build(Path(folder))
     return {
-        "profile": "mini", "cores": os.cpu_count(), "bf16": machine.bf16(), **machine.environment(),
+        "profile": "mini", "cores": os.cpu_count(), **machine.environment(),
         "chapters": {name: round(seconds, 1) for name, seconds in sorted(chapters.items())},
         "all": round(first, 1), "stored": round(again, 1),
     }  # fmt: skip

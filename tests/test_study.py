@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from armada_lib import contrasts, experiment, plots_study, profiles, results, stats, working
-from armada_lib.plans import studied
+from armada_lib.plans import common, studied
 from armada_lib.plans import study as page
 from armada_lib.plans import study_answer as told
 from armada_lib.plans.study import BESIDE, BETWEEN, BY_LOSS, OVER, PRIMARY, Studied
@@ -89,6 +89,15 @@ def test_the_first_stages_teacher_and_reading_are_the_primary_ones():
     pair = p.pairs[0]
     assert (pair.group, pair.teacher, pair.name) == (PRIMARY, "text", "text")
     assert {a.reading for side in pair.sides for a in side} == {"released"}
+
+
+def test_bf16_without_its_instructions_is_named():
+    one, two, three, *_ = evidence({}).records.values()
+    bf16 = {"spec": SimpleNamespace(training=SimpleNamespace(precision="bf16"))}
+    one |= bf16 | {"environment": one["environment"] | {"bf16": False}}
+    two |= bf16 | {"environment": one["environment"] | {"gpu": "g"}}
+    found = [common.processor(r) for r in (one, two, three)]
+    assert found == ["c (bf16 from fp32 products)", "g", "c"]
 
 
 def test_the_contrasts_follow_from_the_arms():

@@ -119,6 +119,15 @@ class Plan:
         return pd.concat(frames, ignore_index=True)
 
 
+def processor(record: dict[str, Any]) -> str:
+    """What computed a record of `results.read`, and whether its bf16 was that of `autocast`."""
+    about = record["environment"]
+    bf16 = record["spec"].training.precision == "bf16" and not about["gpu"]
+    # earlier records do not say it: theirs had the instructions
+    without = bf16 and not about.get("bf16", True)
+    return (about["gpu"] or about["cpu"]) + (" (bf16 from fp32 products)" if without else "")
+
+
 def profile_of(got: dict[str, Any]) -> tuple[str, Profile]:
     """(name, profile) of a chapter\'s parameters; "auto" is the machine\'s default."""
     name = profiles.default() if got["profile"] == "auto" else got["profile"]

@@ -11,7 +11,15 @@ from typing import Any
 import pandas as pd
 
 from armada_lib import profiles, report, results
-from armada_lib.plans.common import cast, digest, mentors_of, played, seeds_fact, seeds_said
+from armada_lib.plans.common import (
+    cast,
+    digest,
+    mentors_of,
+    played,
+    processor,
+    seeds_fact,
+    seeds_said,
+)
 from armada_lib.profiles import check
 from armada_lib.results import Result, RunSpec
 
@@ -80,9 +88,7 @@ class Evidence:
             "tasks": list(dict.fromkeys(report.title(s.task) for s in done)),
             **seeds_fact(s.seed for s in done),
             "precision": sorted({s.training.precision for s in done}),
-            "processor": sorted(
-                {r["environment"]["gpu"] or r["environment"]["cpu"] for r in self.records}
-            ),
+            "processor": sorted({processor(r) for r in self.records}),
             "torch": sorted({r["environment"]["torch"] for r in self.records}),
             "minutes": round(seconds / 60),
         }

@@ -10,7 +10,7 @@ import pandas as pd
 from armada_lib import chapter, contrasts, figures, plots_study, profiles, report
 from armada_lib.contrasts import HARMS, MATTERS, MIXED, NOT, OPEN, Contrast
 from armada_lib.files import write_text
-from armada_lib.plans.common import digest, played, seeds_fact
+from armada_lib.plans.common import digest, played, processor, seeds_fact
 from armada_lib.plans.study import GROUPS, OVER, PRIMARY, Pair, Studied
 
 HEAD = {
@@ -212,7 +212,6 @@ def cost(p: Studied) -> pd.DataFrame:
 def run_line(p: Studied) -> None:
     """Show who plays whom, and how much of the study is there."""
     profile, made = profiles.load(p.study.profile), list(p.records.values())
-    environments = [r["environment"] for r in made]
     hours = sum(r["facts"]["seconds"] for r in made) / 3600
     chapter.run_line({
         "evidence": f"book/results/{p.study.name}.jsonl",
@@ -223,7 +222,7 @@ def run_line(p: Studied) -> None:
         "digest of the cells": digest(r["spec"] for r in made),
         **seeds_fact(s for t in p.study.tasks.values() for s in t.seeds),
         "precision": sorted({r["spec"].training.precision for r in made}) or None,
-        "processor": sorted({e["gpu"] or e["cpu"] for e in environments}) or None,
-        "torch": sorted({e["torch"] for e in environments}) or None,
+        "processor": sorted({processor(r) for r in made}) or None,
+        "torch": sorted({r["environment"]["torch"] for r in made}) or None,
         "core-hours": f"{hours:.1f}",
     })  # fmt: skip
