@@ -37,13 +37,13 @@ class _Widened(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = (tuple(args), dict(kwargs or {}))
-        first = next((a for a in args if isinstance(a, torch.Tensor)), None)
-        if function not in PRODUCTS or first is None or first.dtype != torch.bfloat16:
-            return function(*given[0], **given[1])
+        kwargs = kwargs or {}
+        # autocast has cast all operands of a product alike, and the first argument is one of them
+        if function not in PRODUCTS or args[0].dtype != torch.bfloat16:
+            return function(*args, **kwargs)
         wide = lambda x: x.float() if x.dtype == torch.bfloat16 else x
-        args, named = tree_map_only(torch.Tensor, wide, given)
-        out = function(*args, **named)
+        args, kwargs = tree_map_only(torch.Tensor, wide, (tuple(args), dict(kwargs)))
+        out = function(*args, **kwargs)
         if function is _aten._scaled_dot_product_flash_attention_for_cpu.default:
             return out[0].bfloat16(), out[1]  # the logsumexp is fp32 in torch's bf16 kernel too
         return tree_map_only(torch.Tensor, torch.Tensor.bfloat16, out)

@@ -12,7 +12,7 @@ import torch
 
 
 def bf16(device: str | torch.device = "cpu") -> bool:
-    """Whether the device multiplies in bf16 itself; where it does not, bf16 is slower than fp32."""
+    """Whether the device multiplies in bf16 itself; where it does not, bf16 is no faster than fp32."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))

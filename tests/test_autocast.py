@@ -55,7 +55,7 @@ def test_results_are_those_of_bf16_up_to_the_order_of_sums(monkeypatch):
 
 
 @pytest.mark.parametrize("whole", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_no_product_reaches_the_bf16_kernels(without, whole, monkeypatch):
+def test_no_product_reaches_the_bf16_kernels(without, whole):
     """They are the slow ones: whatever a pass computes in bf16 comes from a product in fp32."""
     met: list[torch.dtype] = []
 
