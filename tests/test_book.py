@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import logging
 import os
@@ -12,8 +11,11 @@ import sys
 import tomllib
 import types
 from concurrent import futures
-from functools import cache
 
+import armada_api
+import armada_chapters
+import armada_pages
+import armada_terms
 import nbformat
 import pytest
 import yaml
@@ -26,14 +28,6 @@ from armada_lib import __version__
 from armada_lib.profiles import ROOT
 
 PAGES = sorted((ROOT / "book" / "api").glob("*.md"))
-
-
-@cache
-def extension(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "book" / "_ext" / f"{name}.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def rooms(page) -> list[tuple[str, dict[str, str]]]:
@@ -54,9 +48,8 @@ def test_there_are_reference_pages():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_what_a_reference_page_shows_is_there_and_documented(page):
-    api = extension("armada_api")
     for name, options in rooms(page):
-        of = api.room(ROOT, name)
+        of = armada_api.room(ROOT, name)
         assert ast.get_docstring(of.tree), f"{name} has no docstring"
         chosen = of.chosen(options.get("only"))
         assert chosen, name
@@ -90,8 +83,7 @@ def api(tmp_path):
         "def bare(x): ...\n"
         "def _hidden(): ...\n"
     )
-    module = extension("armada_api")
-    return module, module.room(tmp_path, "armada_lib.one")
+    return armada_api, armada_api.room(tmp_path, "armada_lib.one")
 
 
 def test_a_room_is_read_without_importing_it(api):
@@ -155,29 +147,27 @@ def test_glossary_is_in_order_and_links_lead_to_it():
 
 
 def test_links_to_terms_carry_their_meaning():
-    terms = extension("armada_terms")
     doctree = nodes.document(None, None)  # type: ignore[arg-type]
     item = nodes.definition_list_item("", nodes.term(ids=["term-run"]), nodes.definition())
     item[1] += nodes.paragraph("", "One student,\ntrained once.")
-    doctree += terms.addnodes.glossary("", nodes.definition_list("", item))
+    doctree += armada_terms.addnodes.glossary("", nodes.definition_list("", item))
     doctree += nodes.table("", nodes.title("", "Scores\nby task"), ids=["scores"])
     doctree += nodes.figure("", nodes.caption("", "Gains"), ids=["gains", "id1"])
     app = types.SimpleNamespace(env=types.SimpleNamespace())
-    terms.collect(app, doctree)
+    armada_terms.collect(app, doctree)
     links = [nodes.reference(refuri=f"notation.html#{name}") for name in ("term-run", "symbols")]
     here = [nodes.reference(refid=name) for name in ("scores", "gains")]
     other = nodes.document(None, None)  # type: ignore[arg-type]
     other += [*links, *here]
-    terms.explain(app, other, "intro")
+    armada_terms.explain(app, other, "intro")
     assert links[0]["reftitle"] == "One student, trained once." and "reftitle" not in links[1]
     assert [link["reftitle"] for link in here] == ["Scores by task", "Gains"]
 
 
 @pytest.mark.parametrize("address", ["", "https://github.com/owner/name"])
 def test_one_setting_switches_the_launch_buttons(address):
-    pages = extension("armada_pages")
     config = types.SimpleNamespace(html_theme_options={"repository_url": address})
-    pages.buttons(None, config)
+    armada_pages.buttons(None, config)
     options = config.html_theme_options
     assert bool(options["launch_buttons"]) == options["use_repository_button"] == bool(address)
     ours = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
@@ -201,9 +191,9 @@ def chapters(folder, **cells):
 
 def read(app, *docnames):
     """What Sphinx has the extension do when it reads these pages."""
-    extension("armada_chapters").start(app, app.env, list(docnames))
+    armada_chapters.start(app, app.env, list(docnames))
     for name in docnames:
-        extension("armada_chapters").await_chapter(app, name, [""])
+        armada_chapters.await_chapter(app, name, [""])
 
 
 def shown(folder, name):
@@ -238,8 +228,8 @@ def test_chapters_are_run_in_their_folder_side_by_side_and_again_by_the_next_bui
 
 def test_the_introduction_is_read_when_all_chapters_have_run(tmp_path):
     app = chapters(tmp_path, a="1", b="open('made', 'w').close()")
-    extension("armada_chapters").start(app, app.env, ["a", "b", "intro.md"])
-    extension("armada_chapters").await_chapter(app, "intro.md", [""])
+    armada_chapters.start(app, app.env, ["a", "b", "intro.md"])
+    armada_chapters.await_chapter(app, "intro.md", [""])
     assert (tmp_path / "made").exists() and not app.armada_running.begun
 
 
@@ -257,7 +247,7 @@ def test_a_chapter_that_fails_ends_the_build_with_its_traceback(tmp_path, monkey
 def test_the_number_of_chapters_at_a_time_is_checked(said, monkeypatch):
     monkeypatch.setenv("ARMADA_CHAPTERS", said)
     with pytest.raises(ExtensionError, match=f"ARMADA_CHAPTERS is '{said}': give a whole number"):
-        extension("armada_chapters").at_a_time()
+        armada_chapters.at_a_time()
 
 
 # ----------------------------------------------------------------------------- the first page
@@ -269,7 +259,7 @@ def role(folder, text, named="Status"):
     env = types.SimpleNamespace(srcdir=str(folder), docname="intro", note_dependency=used.append)
     settings = types.SimpleNamespace(env=env)
     inliner = types.SimpleNamespace(document=types.SimpleNamespace(settings=settings))
-    made, problems = getattr(extension("armada_pages"), named)()("r", text, text, 1, inliner)
+    made, problems = getattr(armada_pages, named)()("r", text, text, 1, inliner)
     assert not problems
     return made, used
 
@@ -323,12 +313,12 @@ def test_a_build_leaves_what_each_notebook_took(tmp_path):
     kept = {"book/02_nlu": {"exec_data": {"runtime": 12.5}}, "book/intro": {}}
     env = types.SimpleNamespace(nb_metadata=kept)
     app = types.SimpleNamespace(env=env, doctreedir=str(tmp_path))
-    extension("armada_pages").time_notebooks(app, None)
+    armada_pages.time_notebooks(app, None)
     assert json.loads((tmp_path / "seconds.json").read_text()) == {"02_nlu": 12.5}
 
 
 def test_minutes_are_those_of_the_file_to_the_half():
-    minutes = extension("armada_pages").minutes
+    minutes = armada_pages.minutes
     about = {
         "cores": 2,
         "bf16": False,
@@ -345,7 +335,7 @@ def test_minutes_are_those_of_the_file_to_the_half():
 
 
 def test_readme_and_first_page_have_the_measured_minutes_of_every_chapter():
-    minutes = extension("armada_pages").minutes
+    minutes = armada_pages.minutes
     file = ROOT / "book" / "results" / "minutes.json"
     about = json.loads(file.read_text(encoding="utf-8"))
     first = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")

@@ -167,7 +167,8 @@ def test_a_method_without_loss_weights_has_no_manifold_loss(own):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_three_cells_computed_again_give_the_stored_metrics(tmp_path, capsys, precision):
     arms = [{"methods": ["undistilled", "armada", "shuffled"], "teacher": "text"}]
-    small = {"name": "small", "profile": "smoke", "training": {"precision": precision},
+    training = {"precision": precision, "train_size": 16, "eval_size": 12}
+    small = {"name": "small", "profile": "smoke", "training": training,
              "tasks": {"stsb": {"seeds": [100]}},
              "stages": [{"name": "primary", "tasks": ["stsb"], "arms": arms}]}  # fmt: skip
     path = tmp_path / "study.yaml"

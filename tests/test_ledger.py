@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 import json
 
+import armada_pages
 import numpy as np
 import pandas as pd
 import pytest
@@ -259,17 +259,14 @@ def test_links_in_cells_are_links_in_jupyter_too(monkeypatch):
 
 
 def test_a_change_of_the_entries_makes_the_pages_stale(tmp_path):
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "book/_ext/armada_pages.py")
-    pages = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pages)
     (tmp_path / "book/results").mkdir(parents=True)
     (tmp_path / "book/ledger.yaml").write_text("a")
     (tmp_path / "book/results/r.jsonl").write_text(json.dumps({}))
-    first = pages.digest(tmp_path)
+    first = armada_pages.digest(tmp_path)
     (tmp_path / "book/ledger.yaml").write_text("b")
-    second = pages.digest(tmp_path)
+    second = armada_pages.digest(tmp_path)
     (tmp_path / "book/results/r.jsonl").write_text("[]")
-    assert len({first, second, pages.digest(tmp_path)}) == 3
+    assert len({first, second, armada_pages.digest(tmp_path)}) == 3
 
 
 # ------------------------------------------------------------------------------- ablations, analyses

@@ -36,12 +36,11 @@ def at_a_time() -> int:
     return int(said)
 
 
-def begin(n: int, ended: Event) -> None:
-    """In a process that runs chapters, one of `n`: its part of the cores, and whether the build has ended."""
+def begin(threads: int, ended: Event) -> None:
+    """In a process that runs chapters: how many threads they get, and whether the build has ended."""
     global build_ended
     build_ended = ended
-    # more threads than cores would wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, float, str | None]:
@@ -65,8 +64,12 @@ class Running:
         self.cache.clear_cache()
         n = min(at_a_time(), len(paths))
         logging.getLogger(__name__).info("running %d chapters, %d at a time", len(paths), n)
-        self.ended = multiprocessing.Event()
-        pool = ProcessPoolExecutor(n, initializer=begin, initargs=(n, self.ended))
+        # Forked processes would share the event loop of this one and wake each other instead of themselves.
+        fresh = multiprocessing.get_context("spawn")
+        self.ended = fresh.Event()
+        # more threads than cores would wait for each other
+        threads = max(1, (os.cpu_count() or 1) // n)
+        pool = ProcessPoolExecutor(n, fresh, initializer=begin, initargs=(threads, self.ended))
         for docname, path in paths.items():
             task = pool.submit(execute, path, app.config.nb_execution_timeout)
             self.begun[docname] = path, task
