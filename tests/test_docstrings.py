@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+import armada_api
 import pytest
-from test_book import PAGES, extension, rooms
+from test_book import PAGES, rooms
 
 from armada_lib.profiles import ROOT
 
@@ -88,13 +89,13 @@ def shown_in(of: Any, only: str | None = None) -> Iterator[Shown]:
         name = f"{of.name}.{called}".removeprefix("armada_lib.")
         yield Shown(name, of, node)
         if isinstance(node, Class):
-            for n in extension("armada_api").methods(node):
+            for n in armada_api.methods(node):
                 yield Shown(f"{name}.{n.name}", of, n, node)
 
 
 @cache
 def shown(page: Any) -> list[Shown]:
-    module = cache(extension("armada_api").room)
+    module = cache(armada_api.room)
     return [s for name, o in rooms(page) for s in shown_in(module(ROOT, name), o.get("only"))]
 
 
@@ -182,7 +183,7 @@ def shapeless(s: Shown) -> list[str]:
     if isinstance(s.node, Class):
         held = [n for n in s.node.body if isinstance(n, ast.AnnAssign) and array(n.annotation)]
         found += [t for n in held if (t := ast.unparse(n.target))[0] != "_"]
-        text += "\n" + extension("armada_api").fields(s.of, s.node)
+        text += "\n" + armada_api.fields(s.of, s.node)
     if found and not SHAPE.search(text):
         return found
     return [n for n in names if len(names) > 1 and not re.search(rf"\b{n}\b", s.all)]
@@ -264,7 +265,7 @@ def one(tmp_path):
         "        return self._half(x)\n"
         "    def _half(self, x):\n        raise self.Unknown\n"
     )
-    return list(shown_in(extension("armada_api").room(tmp_path, "armada_lib.losses")))
+    return list(shown_in(armada_api.room(tmp_path, "armada_lib.losses")))
 
 
 def test_what_is_left_out_is_found(one):

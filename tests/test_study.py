@@ -258,6 +258,28 @@ def test_tables_and_figures_have_every_contrast_that_was_asked_for():
         plots_study.forest(frame.drop(columns="bound"))
 
 
+def test_scores_are_means_over_losses_with_their_spread_over_seeds():
+    p = evidence({("armada", "sd14"): 5})
+    table = told.scores(p, p.study.tasks).set_index("arm")
+    assert list(table.columns) == ["CoLA", "STS-B", "RTE"] and list(table.index) == [
+        "undistilled", "real sd14", "shuffled sd14", "constant teacher", "added layers only",
+        "real text", "shuffled text"]  # fmt: skip
+    two = [scores(p, "cola", "armada", "sd14", m) for m in LOSSES]
+    whole = stats.summary([(two[0][s] + two[1][s]) / 2 for s in range(100, 104)])
+    assert table.loc["real sd14", "CoLA"] == str(whole) and whole.n == 4
+    assert table.loc["real text", "RTE"] == "–" and table.loc["real sd14", "RTE"].endswith(
+        "(n = 1)"
+    )
+    part = again(p, teachers=["sd14"])
+    part.__dict__["records"] = {
+        k: r for k, r in p.records.items() if k[3:] != ("cosine", "paper", 101)
+    }
+    table = told.scores(part, p.tasks).set_index("arm")
+    assert table.loc["real sd14", "CoLA"].endswith("(n = 3)") and "real text" not in table.index
+    part.__dict__["records"] = {}
+    assert told.scores(part, p.tasks)["arm"].tolist() == ["no cell is there yet"]
+
+
 # ---------------------------------------------------------------------------- committed files
 
 

@@ -179,12 +179,12 @@ class Studied:
                 Pair(BY_LOSS, report.LOSS[m], main[0], side("armada", "shuffled", [m], *main))
             )
         for (t, r), losses in both.items():
-            for method, said in (("armada", "real"), ("shuffled", "shuffled")):
+            for method in ("armada", "shuffled"):
                 sides = tuple((Arm(method, t, m, r), Arm(BARE)) for m in losses)
-                found.append(Pair(OVER, f"{said} {self.who(t, r)}", t, sides))
+                found.append(Pair(OVER, self.named(method, t, r), t, sides))
         for (t, r, method), losses in _controls(entries).items():
             if all(Arm("armada", t, m, r) in planned for m in losses):
-                name = f"{report.CONTROLS[method]}{'' if (t, r) == main else f', {self.who(t, r)}'}"
+                name = self.named(method, t, r)
                 own = [
                     (Arm("armada", t, m, r), Arm(method, *_used(method, t, m, r))) for m in losses
                 ]
@@ -201,6 +201,13 @@ class Studied:
 
     def who(self, teacher: str, reading: str) -> str:
         return teacher if reading == self.first[1] else f"{teacher}, {reading}"
+
+    def named(self, method: str, teacher: str, reading: str) -> str:
+        """What contrasts and tables call an arm that learns from a teacher."""
+        if method in ("armada", "shuffled"):
+            return f"{'real' if method == 'armada' else method} {self.who(teacher, reading)}"
+        other = "" if (teacher, reading) == self.first else f", {self.who(teacher, reading)}"
+        return f"{report.CONTROLS.get(method, method)}{other}"
 
     def contrast(self, pair: Pair, task: str, level: float = 0.05) -> Contrast | None:
         """The contrast on one task over the seeds that have all its runs; None if none has."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pandas as pd
 
-from armada_lib import chapter, contrasts, figures, plots_study, profiles, report
+from armada_lib import chapter, contrasts, figures, plots_study, profiles, report, stats
 from armada_lib.contrasts import HARMS, MATTERS, MIXED, NOT, OPEN, Contrast
 from armada_lib.files import write_text
 from armada_lib.plans.common import digest, played, processor, seeds_fact
-from armada_lib.plans.study import GROUPS, OVER, PRIMARY, Pair, Studied
+from armada_lib.plans.study import BARE, GROUPS, OVER, PRIMARY, Pair, Studied
 
 HEAD = {
     MATTERS: "The teacher matters at this scale",
@@ -146,6 +147,32 @@ def family(p: Studied, group: str = PRIMARY) -> pd.DataFrame:
         )
         table.append({k: v for k, v in row.items() if k not in drop})
     return pd.DataFrame(table or [{"task": "no two seeds of both arms are there yet"}])
+
+
+def scores(p: Studied, tasks: Collection[str]) -> pd.DataFrame:
+    """Scores of every arm on these tasks, a row each, a column a task: mean, sd over seeds, seeds.
+
+    The score of a seed is the mean over the arm's losses; a seed that lacks one of them is left out.
+    """
+    rows = []
+    for c in p.cells:
+        teacher, reading = c.teacher or p.first[0], c.reading or p.first[1]
+        if c.task in tasks and teacher in (p.first[0], *p.teachers):
+            arm = BARE if c.method == BARE else p.named(c.method, teacher, reading)
+            score = (
+                p.records[c.identity]["scores"]["student"] if c.identity in p.records else math.nan
+            )
+            rows.append((arm, report.title(c.task), c.seed, score))
+    df = pd.DataFrame(rows, columns=["arm", "task", "seed", "score"])
+    seeds = (
+        df.groupby(["arm", "task", "seed"])["score"].agg(lambda x: x.mean(skipna=False)).dropna()
+    )
+    if seeds.empty:
+        return pd.DataFrame([{"arm": "no cell is there yet"}])
+    wide = seeds.groupby(level=["arm", "task"]).agg(lambda x: str(stats.summary(x))).unstack("task")
+    order = [a for a in df["arm"].unique() if a in wide.index]
+    columns = [t for t in df["task"].unique() if t in wide]
+    return wide.loc[order, columns].fillna("–").reset_index().rename_axis(columns=None)
 
 
 def secondary(p: Studied) -> pd.DataFrame:
