@@ -87,11 +87,8 @@ def arm(row: Any) -> str:
     if row.method != "armada" and row.method not in CONTROLS:
         return BASELINES.get(row.method, row.method)
     name = CONTROLS.get(row.method) or f"ARMADA {LOSS.get(row.manifold, 'no manifold loss')}"
-    extra = (
-        [row.manifold]
-        if row.method in CONTROLS and row.manifold in ("cosine", "elementwise")
-        else []
-    )
+    named = row.method in CONTROLS and row.manifold in ("cosine", "elementwise")
+    extra = [LOSS[row.manifold]] if named else []
     extra += ["released"] if row.reading == "released" else []
     extra += [] if row.usual_beta else [f"β = {row.beta:g}"]
     return f"{name} ({', '.join(extra)})" if extra else name
@@ -287,7 +284,7 @@ def judge(
     """
     parts, sure, positive, seeds, scores = [], True, True, [], by_arm(df)
     for name in names:
-        own = next((f"{control} ({m})" for m, said in LOSS.items() if said in name), control)
+        own = next((f"{control} ({said})" for said in LOSS.values() if said in name), control)
         beside_it = own if own in scores else control
         over, beside = average(scores, name), average(scores, name, beside_it)
         if not beside["n"]:

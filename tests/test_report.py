@@ -67,13 +67,16 @@ def test_one_loss_alone_can_refute_what_is_said_of_every_loss_and_not_prove_it()
     assert report.judge(study(-1.0), LOSSES[1:2])[0] == "not reproduced"
 
 
-def test_a_loss_is_judged_beside_the_control_with_the_same_loss():
-    own = study(0.0, control=3.0).query("method == 'shuffled'").assign(manifold="cosine")
+@pytest.mark.parametrize(
+    ("manifold", "said"), [("cosine", "cosine"), ("elementwise", "element-wise")]
+)
+def test_a_loss_is_judged_beside_the_control_with_the_same_loss(manifold, said):
+    own = study(0.0, control=3.0).query("method == 'shuffled'").assign(manifold=manifold)
     df = pd.concat([study(3.0), own])
-    assert "shuffled teacher (cosine)" in set(report.arms(df)["arm"])
+    assert f"shuffled teacher ({said})" in set(report.arms(df)["arm"])
     outcome, text = report.judge(df, LOSSES)
     assert outcome != "reproduced"
-    assert text.count("over the shuffled teacher (cosine)") == 1
+    assert text.count(f"over the shuffled teacher ({said})") == 1
     assert text.count("over the shuffled teacher") == 3
 
 

@@ -229,7 +229,7 @@ def cost(p: Studied) -> pd.DataFrame:
         lacking = [c for c in planned if c.identity not in p.records]
         tasks = dict.fromkeys(c.task for c in lacking)
         said = ", ".join(f"{report.title(t)} {sum(c.task == t for c in lacking)}" for t in tasks)
-        # a run has one thread: its seconds are those of one core
+        # a run has one thread: it used a core for so long at most
         hours = sum(r["facts"]["seconds"] for r in there) / 3600
         rows.append({"stage": stage.name, "cells": len(planned), "finished": len(there),
                      "core-hours": hours, "missing": said or "none"})  # fmt: skip
