@@ -184,6 +184,11 @@ def test_three_cells_computed_again_give_the_stored_metrics(tmp_path, capsys, pr
             assert table["stored"].tolist() == table["again"].tolist()
 
 
+def test_the_page_states_the_tolerance_of_bf16():
+    text = (CODE / "book" / "11_study.ipynb").read_text(encoding="utf-8")
+    assert working.TOLERANCE["bf16"] == 0.5 and "in bf16 to half a point" in text
+
+
 def test_a_cell_that_comes_out_otherwise_is_told(own, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="neither in .* nor in book/results/small.jsonl"):
         run(own, tmp_path / "s", "--repeat", "1")

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,11 @@ def _but_for_steps(cast):
     return found
 
 
+@cache
+def _elements(path: Path) -> int:
+    return sum(int(t.n_elements) for t in GGUFReader(path).tensors)
+
+
 def test_parameter_counts_in_notes_are_those_of_the_weights():
     p, counted = profiles.load("mini"), 0
     cpu = profiles.load("cpu")
@@ -113,8 +119,7 @@ def test_parameter_counts_in_notes_are_those_of_the_weights():
                 with safe_open(file, "pt") as f:
                     found += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())  # noqa: SIM118
             if gguf := getattr(spec, "gguf", None):
-                path = Path(profiles.resolve(spec.checkpoint)) / gguf
-                found = sum(int(t.n_elements) for t in GGUFReader(path).tensors)
+                found = _elements(Path(profiles.resolve(spec.checkpoint)) / gguf)
             assert round(found / 1e6, 1) == float(said[1]), spec.name
             counted += 1
     assert counted > 3
