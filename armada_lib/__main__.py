@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from armada_lib import experiment, extraction, films, profiles, runs, specs, working
+from armada_lib import experiment, extraction, films, profiles, specs, working
 from armada_lib.results import RunStore
 
 
@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     instead.add_argument("--list", action="store_true", help="number, key, state, stage and name")
     instead.add_argument("--cell", help="run one cell alone, by number or key, for schedulers")
     instead.add_argument(
-        "--repeat", metavar="CELL", help="compute a finished cell again and compare; stores nothing"
+        "--repeat",
+        metavar="CELL",
+        help="compute a finished cell again and compare; stores no result",
     )
     instead.add_argument(
         "--export", action="store_true", help="write the finished cells to book/results"
@@ -120,10 +122,11 @@ def _study(given: argparse.Namespace) -> None:
     if given.cell is not None:
         job = experiment.pick(study, given.cell)
         kept = {} if given.all else experiment.committed(study)
-        if job.spec not in store and experiment.anywhere(job.spec) in kept:
+        if not experiment.stored(job.spec, store) and experiment.anywhere(job.spec) in kept:
             print(f"{job.spec.key} {job.name}: committed, left alone without --all")
             return
-        runs.run(job.spec, store)
+        store.check()
+        working.run(job.spec, store)
         print(f"{job.spec.key} {job.name}: stored")
         return
     if given.repeat is not None:
@@ -140,7 +143,7 @@ def _study(given: argparse.Namespace) -> None:
         profiles.check(given.stage, [s.name for s in study.stages], "stage")
         found = [j for j in found if j.cell.stage == given.stage]
     kept = {} if given.all else experiment.committed(study)
-    lacking = [j for j in found if j.spec not in store]
+    lacking = [j for j in found if not experiment.stored(j.spec, store)]
     known = lambda j: "committed" if experiment.anywhere(j.spec) in kept else "missing"
     states = {j.number: known(j) for j in lacking}
     if given.list:

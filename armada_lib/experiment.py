@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,10 @@ from armada_lib.settings import Loss, Strict, check
 from armada_lib.tasks import TASKS
 
 # -- what the file says -------------------------------------------------------------------------
+
+
+# What a study can contrast: the method, its controls, and the student alone.
+ARMS = [m for m, entry in METHODS.items() if entry.distils or m == "undistilled"]
 
 
 class Arms(Strict):
@@ -54,8 +58,9 @@ class TaskSeeds(Strict):
 class Study(Strict):
     """A whole study; the first stage holds its primary contrasts.
 
-    ValueError for a name that is none (of a profile, task, teacher or method), for a task without
-    seeds or with several labels an example, and for two stages of one name.
+    ValueError for a name that is none (of a profile, task, teacher, method or training setting), for
+    a task without seeds or with several labels an example, for a stage, task or seed given twice, and
+    for a first stage without a real and a shuffled teacher to compare.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -68,19 +73,35 @@ class Study(Strict):
     @model_validator(mode="after")
     def _known(self) -> Study:
         p = profiles.load(self.profile)
-        for task in self.tasks:
+        for key in itertools.chain(self.training, *(t.training for t in self.tasks.values())):
+            check(key, profiles.Training.model_fields, "training setting")
+        for task, of in self.tasks.items():
             check(task, [t for t in TASKS if TASKS[t].kind != "multilabel"], "task of a study")
+            _once(of.seeds, f"seed of {task}")
+        names = [s.name for s in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each stage needs a name of its own, got {', '.join(names)}")
         for stage in self.stages:
+            _once(stage.tasks, f"task of stage {stage.name!r}")
             for task in stage.tasks:
                 check(task, self.tasks, f"task of stage {stage.name!r} among those with seeds")
             for a in stage.arms:
                 p.teacher(a.teacher)
                 for method in a.methods:
-                    check(method, METHODS, "method")
-        names = [s.name for s in self.stages]
-        if len(set(names)) < len(names):
-            raise ValueError(f"each stage needs a name of its own, got {', '.join(names)}")
+                    check(method, ARMS, "method")
+        first = self.stages[0]
+        made = {(c.method, c.teacher, c.manifold, c.reading) for c in _arms(first, "", 0)}
+        if not any(("shuffled", *of) in made for method, *of in made if method == "armada"):
+            raise ValueError(
+                f"stage {first.name!r} holds the primary contrasts: it needs the methods armada and "
+                "shuffled with the same teacher, manifold loss and reading"
+            )
         return self
+
+
+def _once(found: Sequence[Any], what: str) -> None:
+    if twice := [x for n, x in enumerate(found) if x in found[:n]]:
+        raise ValueError(f"{what} {twice[0]!r} is given twice")
 
 
 @dataclass(frozen=True)
@@ -149,7 +170,7 @@ def _arms(stage: Stage, task: str, seed: int) -> Iterator[Cell]:
             entry = METHODS[method]
             yield Cell(
                 task, method, a.teacher if entry.vectors else None,
-                manifold if entry.vectors and entry.distils else None,
+                manifold if entry.vectors else None,
                 reading if entry.distils else None,
                 seed, stage.name,
             )  # fmt: skip
@@ -205,6 +226,21 @@ def anywhere(s: RunSpec) -> str:
     return s.model_copy(update={"teacher_id": None}).key
 
 
+def stored(s: RunSpec, store: RunStore) -> str | None:
+    """The key under which a cell is in `store`, its own or that of another kind of machine; else None."""
+    if s in store:
+        return s.key
+    note = other_key(s, store)
+    if note.exists() and (store.runs / (key := note.read_text()) / "result.json").exists():
+        return key
+    return None
+
+
+def other_key(s: RunSpec, store: RunStore) -> Path:
+    """Where the machine that computes a cell leaves its key of it, for machines of another kind."""
+    return store.root / "cells" / anywhere(s)
+
+
 def committed(study: Study) -> dict[str, dict[str, Any]]:
     """Records of the cells that are in book/results already, whoever computed them, by `anywhere`."""
     return _records(_evidence(study))
@@ -220,16 +256,24 @@ def export(study: Study, store: RunStore, folder: Path | None = None) -> tuple[P
 
     A record has predictions and no labels: all cells of a task share these, and <name>_labels.json
     keeps them once, by `data_id`, so that examples can be resampled where the data are not at hand.
-    Cells that were exported from another store stay, unless this one has them, too.
+    Cells that were exported from another store stay, unless this one has them, too. ValueError if
+    the file holds cells of another profile.
     """
     path = folder / f"{study.name}.jsonl" if folder else _evidence(study)
     beside = path.with_name(f"{study.name}_labels.json")
-    own = {j.spec.key: anywhere(j.spec) for j in jobs(study)}
-    found = {n: r for k, n in sorted(own.items()) if (r := store.load(k)) is not None}
-    every: dict[str, Any] = _records(path) | found
+    kept = _records(path)
+    if other := {r["spec"].profile for r in kept.values()} - {study.profile}:
+        raise ValueError(
+            f"{path.name} holds cells of profile {other.pop()!r}: give a study of profile "
+            f"{study.profile!r} a name of its own"
+        )
+    own = {j.spec.key: j.spec for j in jobs(study)}
+    keys = ((anywhere(s), stored(s, store)) for _, s in sorted(own.items()))
+    found = {n: r for n, key in keys if key and (r := store.load(key)) is not None}
+    every: dict[str, Any] = kept | found
     labels = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
     for r in found.values():
         labels[r.spec.data_id] = [round(float(y), 3) for y in r.labels]
     results.export(every.values(), path)
     write_text(beside, json.dumps(labels, sort_keys=True) + "\n")
-    return path, len(every.keys() & set(own.values()))
+    return path, len(every.keys() & set(map(anywhere, own.values())))

@@ -18,8 +18,9 @@ import pandas as pd
 from filelock import Timeout
 
 from armada_lib import runs
-from armada_lib.experiment import Job, Study, anywhere, committed
+from armada_lib.experiment import Job, Study, anywhere, committed, other_key, stored
 from armada_lib.extraction import pool
+from armada_lib.files import write_text
 from armada_lib.results import RunSpec, RunStore
 from armada_lib.state import Diverged
 
@@ -36,7 +37,7 @@ def work(found: Sequence[Job], store: RunStore, workers: int, say: Say) -> dict[
     store.check()
     clock = Clock(store)
     count = {"computed": 0, "diverged": 0, "elsewhere": 0}
-    missing = [j for j in found if j.spec not in store]
+    missing = [j for j in found if stored(j.spec, store) is None]
     for j in found:
         clock.note(j.spec)
     say(f"{len(found):,} cells, {len(found) - len(missing):,} stored{clock.left(missing, workers)}")
@@ -47,7 +48,7 @@ def work(found: Sequence[Job], store: RunStore, workers: int, say: Say) -> dict[
             if outcome == "computed":
                 count["computed"] += 1
                 clock.note(job.spec)
-                rest = [j for j in missing if j.spec not in store]
+                rest = [j for j in missing if stored(j.spec, store) is None]
                 done = len(found) - len(rest) - len(diverged)
                 took = clock.seconds[job.spec.key]
                 left = clock.left(rest, workers)
@@ -55,7 +56,8 @@ def work(found: Sequence[Job], store: RunStore, workers: int, say: Say) -> dict[
             elif outcome != "elsewhere":
                 diverged.add(job.spec.key)
                 say(f"{job.name} has no result: {outcome}")
-        missing = [j for j in missing if j.spec not in store and j.spec.key not in diverged]
+        missing = [j for j in missing if stored(j.spec, store) is None]
+        missing = [j for j in missing if j.spec.key not in diverged]
         if count["computed"] == before:
             break  # all that is left is being computed elsewhere
     count |= {"diverged": len(diverged), "elsewhere": len(missing)}
@@ -64,7 +66,7 @@ def work(found: Sequence[Job], store: RunStore, workers: int, say: Say) -> dict[
 
 def _outcomes(missing: Sequence[Job], store: RunStore, workers: int) -> Iterator[tuple[Job, str]]:
     """Each job with what became of it; one that is stored by its turn is left out."""
-    queue = (j for j in missing if j.spec not in store)
+    queue = (j for j in missing if stored(j.spec, store) is None)
     if workers <= 1:
         for job in queue:
             yield job, attempt(job.spec, store.root)
@@ -82,16 +84,27 @@ def _outcomes(missing: Sequence[Job], store: RunStore, workers: int) -> Iterator
 
 def attempt(s: RunSpec, root: Path) -> str:
     """Run one cell unless another worker does, or has: "computed", "elsewhere", or why it diverged."""
-    store = RunStore(root)
-    if s in store:
-        return "elsewhere"
     try:
-        runs.run(s, store, wait=False)
+        return "computed" if run(s, RunStore(root), wait=False) else "elsewhere"
     except Timeout:
         return "elsewhere"
     except Diverged as e:
         return str(e)
-    return "computed"
+
+
+def run(s: RunSpec, store: RunStore, wait: bool = True) -> bool:
+    """Compute and store a cell; False if it is stored by then. `store.check` comes before.
+
+    Kinds of machines have keys of their own for a cell (`experiment.anywhere`) and share a lock.
+    Raises `filelock.Timeout` instead of waiting for another worker, if `wait` is False, and
+    `state.Diverged`.
+    """
+    with store.lock(f"cell-{anywhere(s)}").acquire(-1 if wait else 0):
+        if stored(s, store) is not None:
+            return False
+        write_text(other_key(s, store), s.key)
+        runs.run(s, store, wait=wait)
+    return True
 
 
 @dataclass
@@ -104,7 +117,7 @@ class Clock:
 
     def note(self, s: RunSpec) -> None:
         """Take in a finished cell; one that is not stored says nothing."""
-        if s in self.store and (found := self.store.load(s.key)) is not None:
+        if (key := stored(s, self.store)) and (found := self.store.load(key)) is not None:
             self.seconds[s.key] = found.facts["seconds"]
             self.kinds.setdefault((s.task, s.reading), []).append(found.facts["seconds"])
 
@@ -132,12 +145,13 @@ def repeat(job: Job, study: Study, store: RunStore) -> tuple[pd.DataFrame, bool]
     """Compute a finished cell anew: (head, stored, again), and whether all are within `TOLERANCE`.
 
     Stored is what the store holds, else what is committed in book/results; ValueError if neither
-    does. Nothing is written to either.
+    does. Neither is changed, but for teacher vectors that the store lacks.
     """
-    if (found := store.load(job.spec.key)) is not None:
-        stored = found.scores
+    key = stored(job.spec, store)
+    if key and (found := store.load(key)) is not None:
+        before = found.scores
     elif (kept := committed(study).get(anywhere(job.spec))) is not None:
-        stored = kept["scores"]
+        before = kept["scores"]
     else:
         kept_in = f"book/results/{study.name}.jsonl"
         raise ValueError(f"{job.name} is neither in {store.root} nor in {kept_in}")
@@ -145,6 +159,6 @@ def repeat(job: Job, study: Study, store: RunStore) -> tuple[pd.DataFrame, bool]
     runs.prepare([job.spec], store)
     with tempfile.TemporaryDirectory() as folder:
         again = runs.compute(job.spec, store, state=Path(folder) / "state.safetensors").scores
-    table = pd.DataFrame({"stored": stored, "again": again}).rename_axis("head").reset_index()
+    table = pd.DataFrame({"stored": before, "again": again}).rename_axis("head").reset_index()
     apart = (table["stored"] - table["again"]).abs()
     return table, bool((apart <= TOLERANCE[job.spec.training.precision]).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,19 @@ def test_a_cell_says_no_more_than_its_run_uses(own):
          "'sd41'; did you mean 'sd14'?"),
         ({"stages": [TINY["stages"][0] | {"arms": [{"methods": ["armada"], "manifolds": ["cos"]}]}]},
          "manifolds"),
+        ({"stages": [TINY["stages"][0] | {"arms": [{"methods": ["kd"]}]}]},
+         "unknown method 'kd'. Valid: armada, constant, "),
+        ({"stages": [TINY["stages"][0] | {"arms": [{"methods": ["undistilled", "armada", "random"]}]}]},
+         "stage 'primary' holds the primary contrasts: it needs the methods armada and shuffled"),
+        ({"stages": [TINY["stages"][0] | {"arms": [{"methods": ["armada"]},
+                                                   {"methods": ["shuffled"], "readings": ["released"]}]}]},
+         "with the same teacher, manifold loss and reading"),
+        ({"stages": [TINY["stages"][0] | {"tasks": ["cola", "copa", "cola"]}]},
+         "task of stage 'primary' 'cola' is given twice"),
+        ({"tasks": TINY["tasks"] | {"cola": {"seeds": [100, 101, 100]}}}, "seed of cola 100 is given twice"),
+        ({"training": {"seed": 3}}, "unknown training setting 'seed'"),
+        ({"tasks": TINY["tasks"] | {"cola": {"seeds": [1], "training": {"teacher": "text"}}}},
+         "unknown training setting 'teacher'"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_one_line_before_any_work(project, tmp_path, monkeypatch, change, message):
@@ -153,11 +167,12 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path):
         experiment.load(path)
 
 
-def test_a_method_without_loss_weights_has_no_manifold_loss(own):
-    arms = [{"methods": ["visual_guidance", "armada"], "manifolds": ["cosine"]}]
+def test_a_method_without_a_teacher_has_no_manifold_loss(own):
+    arms = [{"methods": ["layers_only", "armada", "shuffled"], "manifolds": ["cosine"]}]
     study = experiment.Study(**TINY | {"stages": [TINY["stages"][0] | {"arms": arms}]})
-    found = {c.method: (c.manifold, c.teacher) for c in experiment.cells(study)}
-    assert found == {"visual_guidance": (None, "sd14"), "armada": ("cosine", "sd14")}
+    found = {c.method: (c.manifold, c.teacher, c.reading) for c in experiment.cells(study)}
+    assert found["layers_only"] == (None, None, "paper")
+    assert found["armada"] == ("cosine", "sd14", "paper")
 
 
 # ---------------------------------------------------------------------------- again
@@ -281,6 +296,49 @@ def test_a_study_goes_on_on_another_kind_of_machine(own, tmp_path, project, caps
     finally:
         for path in (project / "book/results").glob("small*"):
             path.unlink()
+
+
+def test_kinds_of_machines_on_one_store_share_cells_and_export_them_all(
+    own, tmp_path, project, capsys, monkeypatch
+):
+    """A teacher has another fingerprint on each kind, and its cells have other keys."""
+    store, study = RunStore(tmp_path / "s"), experiment.load(own)
+    run(own, store.root, "--cell", "1")
+    (first,) = [j.spec.key for j in experiment.jobs(study)[1:2]]
+    fingerprint = teachers.fingerprint
+    monkeypatch.setattr(teachers, "fingerprint", lambda *a: f"other_{fingerprint(*a)}")
+    jobs = experiment.jobs(study)[:4]
+    one, two = jobs[1].spec, jobs[2].spec
+    assert one.key != first == experiment.stored(one, store) and one not in store
+    monkeypatch.setattr(runs, "run", lambda *a, **k: pytest.fail("it is stored already"))
+    run(own, store.root, "--cell", "1")
+    monkeypatch.undo()
+    monkeypatch.setattr(teachers, "fingerprint", lambda *a: f"other_{fingerprint(*a)}")
+    with store.lock(f"cell-{experiment.anywhere(two)}"):  # a worker's of the first kind
+        count = working.work(jobs, store, 1, lambda said: None)
+    assert count == {"computed": 2, "diverged": 0, "elsewhere": 1}
+    assert [bool(experiment.stored(j.spec, store)) for j in jobs] == [True, True, False, True]
+    capsys.readouterr()
+    run(own, store.root, "--list")
+    states = [x.split("\t")[2] for x in capsys.readouterr().out.splitlines()]
+    assert states == ["stored", "stored", "missing"] + ["stored"] + ["missing"] * 5
+    _, n = experiment.export(study, store, tmp_path / "results")
+    assert n == 3 and len(results.read(tmp_path / "results/small.jsonl")) == 3
+    shutil.rmtree(store.runs / first)  # what was noted of it does not count
+    assert experiment.stored(one, store) is None
+
+
+def test_cells_of_another_profile_are_not_added(own, tmp_path):
+    run(own, tmp_path / "s", "--cell", "0")
+    study = experiment.load(own)
+    path, _ = experiment.export(study, RunStore(tmp_path / "s"), tmp_path / "results")
+    before = path.read_text()
+    with pytest.raises(
+        ValueError, match="holds cells of profile 'tiny': give a study of profile 'smoke'"
+    ):
+        other = study.model_copy(update={"profile": "smoke"})
+        experiment.export(other, RunStore(tmp_path / "s"), tmp_path / "results")
+    assert path.read_text() == before
 
 
 @pytest.mark.parametrize("cell, message", [("9", "has cells 0 to 8"), ("beef", "neither a number")])

@@ -15,9 +15,10 @@ import yaml
 
 from armada_lib import contrasts, experiment, plots_study, profiles, results, stats, working
 from armada_lib.plans import common, studied
-from armada_lib.plans import study as page
 from armada_lib.plans import study_answer as told
-from armada_lib.plans.study import BESIDE, BETWEEN, BY_LOSS, OVER, PRIMARY, Studied
+from armada_lib.plans import study_design as page
+from armada_lib.plans.study import Studied
+from armada_lib.plans.study_design import BESIDE, BETWEEN, BY_LOSS, OVER, PRIMARY
 
 LOSSES = ["cosine", "euclid"]
 RAW = {
@@ -85,7 +86,7 @@ def test_the_first_stages_teacher_and_reading_are_the_primary_ones():
     stages = [{"name": "primary", "tasks": ["cola"], "arms": [{"methods": ["undistilled"]}, first]},
               {"name": "more", "tasks": ["cola"], "arms": [{"methods": ["armada", "shuffled"]}]}]  # fmt: skip
     p = evidence({}, raw=RAW | {"stages": stages})
-    assert p.first == ("text", "released")
+    assert p.main[1:3] == ("text", "released")
     pair = p.pairs[0]
     assert (pair.group, pair.teacher, pair.name) == (PRIMARY, "text", "text")
     assert {a.reading for side in pair.sides for a in side} == {"released"}
@@ -123,6 +124,42 @@ def test_the_contrasts_follow_from_the_arms():
         (BETWEEN, "speecht5 − sd14"),
         (BESIDE, "random teacher, speecht5"),
     } <= more
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ({"methods": ["constant"], "teacher": "sd14", "manifolds": ["cosine"]},
+         {(BESIDE, "constant teacher (cosine)"), (OVER, "constant teacher (cosine)")}),
+        ({"methods": ["armada", "shuffled"], "teacher": "text", "manifolds": ["cosine"]},
+         {(PRIMARY, "text (cosine)"), (OVER, "real text (cosine)"), (OVER, "shuffled text (cosine)"),
+          (BETWEEN, "text − sd14 (cosine)")}),
+        ({"methods": ["armada", "shuffled"], "teacher": "sd14", "readings": ["released"]},
+         {(PRIMARY, "sd14, released"), (OVER, "real sd14, released"), (OVER, "shuffled sd14, released"),
+          (BETWEEN, "sd14, released − paper")}),
+        ({"methods": ["armada"], "teacher": "midjourney"},
+         {(OVER, "real midjourney"), (BETWEEN, "midjourney − sd14")}),
+        ({"methods": ["random"], "teacher": "midjourney"}, {(OVER, "random teacher, midjourney")}),
+    ],
+)  # fmt: skip
+def test_a_line_brings_contrasts_of_its_own_and_leaves_the_others(line, shown):
+    stages = [*RAW["stages"], {"name": "more", "tasks": ["cola"], "arms": [line]}]
+    p, q = evidence({}), evidence({}, raw=RAW | {"stages": stages})
+    q = again(q, teachers=["sd14", "text", "midjourney"])
+    old, new = ({(x.group, x.name): x.sides for x in of.pairs} for of in (p, q))
+    assert new.items() >= old.items() and new.keys() - old.keys() == shown
+    added = [n for n in q.records if n not in p.records]
+    assert {n[0] for n in added} == {"cola"}
+    frame = q.frame(q.tasks).set_index(["group", "contrast", "task"])["seeds"]
+    assert {(*name, "cola") for name in shown} <= set(frame.index)
+    assert not {(*name, "stsb") for name in shown} & set(frame.index)
+    for n in added:  # nothing of it is there yet: all that was shown still is
+        del q.records[n]
+    before = p.frame(p.tasks).set_index(["group", "contrast", "task"])["seeds"]
+    assert (
+        before.to_dict()
+        == q.frame(q.tasks).set_index(["group", "contrast", "task"])["seeds"].to_dict()
+    )
 
 
 def test_a_contrast_is_the_mean_over_losses_of_paired_differences():
@@ -192,8 +229,8 @@ def test_a_seed_counts_when_all_its_runs_are_there():
         ({("armada", "sd14"): 9.0, ("shuffled", "sd14"): 9.0}, "undecided",
          ["stays undecided", "on CoLA and STS-B both gain."]),
         ({("armada", "text"): 9.0}, "undecided",
-         ["The text teacher, which knows the text and has no second modality, differs from its shuffled self on "
-          "CoLA and STS-B, so the method can carry something over"]),
+         ["The text teacher, which knows the text and has no second modality, does better than its shuffled self on "
+          "CoLA and STS-B, so that the method can carry something over"]),
         ({}, "undecided", ["on no task do both differ", "shows no transfer from any teacher"]),
     ],
 )  # fmt: skip
@@ -204,6 +241,44 @@ def test_the_answer_is_put_together_by_rule(effects, outcome, said):
     assert len(told.answer(p)) == 3 and all(s.endswith(".") for s in told.answer(p))
     c = p.primary["cola"]
     assert f"CoLA {told.signed(c.mean)} [{told.signed(c.low)}, {told.signed(c.high)}]" in text
+
+
+@pytest.mark.parametrize(
+    ("real", "text", "said"),
+    [
+        (0, 0, "does not differ from its shuffled self beyond noise either, so that at this scale"),
+        (
+            9,
+            0,
+            "does not differ from its shuffled self beyond noise, so that text alone does not explain",
+        ),
+        (
+            0,
+            9,
+            "does better than its shuffled self on CoLA and STS-B, so that the method can carry something",
+        ),
+        (9, 9, "carry something over here; the real teacher's gain is cross-modal only as far as"),
+        (
+            0,
+            -9,
+            "does worse than its shuffled self on CoLA and STS-B, so that no gain is carried over",
+        ),
+    ],
+)
+def test_what_the_text_teacher_shows_fits_the_answer(real, text, said):
+    p = evidence({("armada", "sd14"): real, ("armada", "text"): text}, noise=0.1)
+    assert said in told.answer(p)[2]
+    p.__dict__["records"] = {n: r for n, r in p.records.items() if n[2] != "text" or n[5] == 100}
+    assert "has not been run with two seeds yet" in told.answer(again(p))[2]
+
+
+def test_a_bound_beside_nought_keeps_its_sign():
+    assert [told.signed(x) for x in (-0.0041, 0.004, -0.1, 0)] == [
+        "−0.004",
+        "+0.004",
+        "−0.10",
+        "+0.000",
+    ]
 
 
 def test_no_effect_and_little_noise_is_no_difference_that_matters():
@@ -231,7 +306,11 @@ def test_tables_and_figures_have_every_contrast_that_was_asked_for():
     assert "text teacher" in told.answer(few)[2] and "not been run" not in told.answer(few)[2]
     wide = told.summary(p, p.tasks, [PRIMARY, OVER])
     assert list(wide.columns) == ["group", "contrast", "CoLA", "STS-B"]
-    assert wide["CoLA"].str.fullmatch(r"[+−][\d.]+ \[[+−][\d.]+, [+−][\d.]+\], n = 4").all()
+    assert (
+        wide["CoLA"]
+        .str.fullmatch(r"[+−][\d.]+ \[[+−][\d.]+, [+−][\d.]+\], p (= [01]\.\d{3}|< 0\.001), n = 4")
+        .all()
+    )
     other = told.secondary(p)
     assert list(dict.fromkeys(other["title"])) == [
         "real − shuffled", "real − undistilled", "shuffled − undistilled"]  # fmt: skip
@@ -383,5 +462,5 @@ def test_the_committed_study_makes_the_contrasts_of_the_protocol():
         "frozen aligner",
         "added layers only",
     }
-    assert names[BETWEEN] == ["text − sd14", "speecht5 − sd14"]
+    assert names[BETWEEN] == ["text − sd14", "speecht5 − sd14", "sd14, released − paper"]
     assert set(Counter((x.group, x.name) for x in p.pairs).values()) == {1}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +12,8 @@ from armada_lib import chapter, contrasts, figures, plots_study, profiles, repor
 from armada_lib.contrasts import HARMS, MATTERS, MIXED, NOT, OPEN, Contrast
 from armada_lib.files import write_text
 from armada_lib.plans.common import digest, played, processor, seeds_fact
-from armada_lib.plans.study import BARE, GROUPS, OVER, PRIMARY, Pair, Studied
+from armada_lib.plans.study import Studied
+from armada_lib.plans.study_design import BARE, GROUPS, OVER, PRIMARY, Pair
 
 HEAD = {
     MATTERS: "The teacher matters at this scale",
@@ -27,8 +28,8 @@ OUTCOME = {MATTERS: "reproduced", HARMS: "not reproduced", NOT: "not reproduced"
 
 
 def signed(x: float) -> str:
-    """Two decimals with a true sign: one example of CoLA is a tenth of a point."""
-    return report.signed(x, 2)
+    """Two decimals, or three where two would hide the sign: one example of CoLA is a tenth of a point."""
+    return report.signed(x, 2 if abs(x) >= 0.005 else 3)
 
 
 def _span(c: Contrast) -> str:
@@ -61,7 +62,7 @@ def answer(p: Studied) -> list[str]:
 
 
 def _primary(p: Studied) -> str:
-    who = profiles.load(p.study.profile).teacher(p.first[0])
+    who = profiles.load(p.study.profile).teacher(p.main.teacher)
     if not p.primary:
         return "Nothing can be said yet: no primary task has two seeds of the real and the shuffled teacher."
     each = "; ".join(f"{report.title(t)}: {c}" for t, c in contrasts.conclude(p.primary).items())
@@ -73,7 +74,7 @@ def _primary(p: Studied) -> str:
 
 def _regularisation(p: Studied) -> str:
     """Do real and shuffled teachers both move the student away from the undistilled one?"""
-    name = p.who(*p.first)
+    name = p.main.teacher
     real, shuffled = _of(p, OVER, f"real {name}"), _of(p, OVER, f"shuffled {name}")
     both = [t for t in real if t in shuffled]
     if not both:
@@ -100,20 +101,29 @@ def _upper(p: Studied) -> str:
     used = dict.fromkeys(x.teacher for x in p.pairs)
     name = next((t for t in used if teachers[t].kind == "text"), None)
     found = _of(p, PRIMARY, name) if name else {}
+    found = {t: c for t, c in found.items() if c.n > 1}
+    whole = "The text teacher, which knows the text and has no second modality,"
     if not found:
-        return "The text teacher, which knows the text and has no second modality, has not been run yet."
+        return f"{whole} has not been run with two seeds yet."
     above = [t for t, c in found.items() if c.low > 0]
     below = [t for t, c in found.items() if c.high < 0]
+    parts = [f"does {how} than its shuffled self on {_titles(on)}"
+             for how, on in (("better", above), ("worse", below)) if on]  # fmt: skip
+    said = " and ".join(parts) or "does not differ from its shuffled self beyond noise"
+    matters = conclusion(p) == MATTERS
     if above:
-        said = f"differs from its shuffled self on {_titles(above)}, so the method can carry something over here"
+        said += ", so that the method can carry something over here"
+        if matters:
+            said += (
+                "; the real teacher's gain is cross-modal only as far as this does not explain it"
+            )
+    elif matters:
+        said += ", so that text alone does not explain the real teacher's gain"
     elif below:
-        said = f"does worse than its shuffled self on {_titles(below)}"
-    else:
-        said = (
-            "does not differ from its shuffled self beyond noise either, so that at this scale the method shows no "
-            "transfer from any teacher"
-        )
-    return f"The text teacher, which knows the text and has no second modality, {said} ({_listed(found)} points)."
+        said += ", so that no gain is carried over"
+    elif all(c.low <= 0 <= c.high for c in p.primary.values()):
+        said += " either, so that at this scale the method shows no transfer from any teacher"
+    return f"{whole} {said} ({_listed(found)} points)."
 
 
 def verdict(p: Studied) -> tuple[str, str]:
@@ -149,35 +159,27 @@ def family(p: Studied, group: str = PRIMARY) -> pd.DataFrame:
     return pd.DataFrame(table or [{"task": "no two seeds of both arms are there yet"}])
 
 
-def scores(p: Studied, tasks: Collection[str]) -> pd.DataFrame:
+def scores(p: Studied, tasks: Sequence[str]) -> pd.DataFrame:
     """Scores of every arm on these tasks, a row each, a column a task: mean, sd over seeds, seeds.
 
     The score of a seed is the mean over the arm's losses; a seed that lacks one of them is left out.
     """
-    rows = []
-    for c in p.cells:
-        teacher, reading = c.teacher or p.first[0], c.reading or p.first[1]
-        if c.task in tasks and teacher in (p.first[0], *p.teachers):
-            arm = BARE if c.method == BARE else p.named(c.method, teacher, reading)
-            score = (
-                p.records[c.identity]["scores"]["student"] if c.identity in p.records else math.nan
-            )
-            rows.append((arm, report.title(c.task), c.seed, score))
-    df = pd.DataFrame(rows, columns=["arm", "task", "seed", "score"])
-    seeds = (
-        df.groupby(["arm", "task", "seed"])["score"].agg(lambda x: x.mean(skipna=False)).dropna()
-    )
-    if seeds.empty:
-        return pd.DataFrame([{"arm": "no cell is there yet"}])
-    wide = seeds.groupby(level=["arm", "task"]).agg(lambda x: str(stats.summary(x))).unstack("task")
-    order = [a for a in df["arm"].unique() if a in wide.index]
-    columns = [t for t in df["task"].unique() if t in wide]
-    return wide.loc[order, columns].fillna("–").reset_index().rename_axis(columns=None)
+    rows: dict[str, dict[str, str]] = {}
+    for e, task in itertools.product(p.entries, tasks):
+        arms = [a for a in dict.fromkeys(map(e.arm, e.losses)) if (task, a) in p.planned]
+        seeds = [[(task, *a, s) for a in arms] for s in p.study.tasks[task].seeds]
+        there = [names for names in seeds if names and all(n in p.records for n in names)]
+        whole = [[p.records[n]["scores"]["student"] for n in names] for names in there]
+        if whole and (e.method == BARE or e.teacher in (p.main.teacher, *p.teachers)):
+            mean = stats.summary([sum(x) / len(x) for x in whole])
+            rows.setdefault(p.named(e), {})[report.title(task)] = str(mean)
+    table = [{"arm": name, **row} for name, row in rows.items()]
+    return pd.DataFrame(table or [{"arm": "no cell is there yet"}]).fillna("–")
 
 
 def secondary(p: Studied) -> pd.DataFrame:
     """The main contrasts on the other tasks for `plots_study.forest`: a row a task, a panel a contrast."""
-    who = p.who(*p.first)
+    who = p.main.teacher
     panels = {(PRIMARY, who): "real − shuffled", (OVER, f"real {who}"): "real − undistilled",
               (OVER, f"shuffled {who}"): "shuffled − undistilled"}  # fmt: skip
     df = p.frame(p.others, [PRIMARY, OVER])
@@ -189,7 +191,7 @@ def secondary(p: Studied) -> pd.DataFrame:
 
 def main(p: Studied) -> pd.DataFrame:
     """The contrasts of the primary tasks that matter most: real, shuffled and undistilled, first teacher."""
-    who = p.who(*p.first)
+    who = p.main.teacher
     df = p.frame(p.tasks, [PRIMARY, OVER])
     return df[df["contrast"].isin([who, f"real {who}", f"shuffled {who}"])]
 
@@ -204,12 +206,13 @@ def show_on_front_page(p: Studied) -> Path | None:
 
 
 def summary(p: Studied, tasks: Iterable[str], groups: Iterable[str]) -> pd.DataFrame:
-    """Contrasts of these groups, a row each, a column a task: mean, interval, seeds."""
+    """Contrasts of these groups, a row each, a column a task: mean, interval, p, seeds."""
     frame = p.frame(list(tasks), list(groups))
     if frame.empty:
         return frame
+    tested = lambda r: f"p {'< 0.001' if r.p < 0.001 else f'= {r.p:.3f}'}, " if r.seeds > 1 else ""
     cell = [
-        f"{signed(r.mean)} [{signed(r.low)}, {signed(r.high)}], n = {r.seeds}"
+        f"{signed(r.mean)} [{signed(r.low)}, {signed(r.high)}], {tested(r)}n = {r.seeds}"
         for r in frame.itertuples()
     ]
     wide = frame.assign(cell=cell).pivot(
