@@ -226,6 +226,16 @@ def test_chapters_are_run_in_their_folder_side_by_side_and_again_by_the_next_bui
     assert shown(tmp_path, "a") == "second 6\n" and shown(tmp_path, "b") is None
 
 
+def test_kernels_have_no_ports_that_others_could_take(tmp_path):
+    app = chapters(
+        tmp_path, a="import ipykernel\nprint(open(ipykernel.get_connection_file()).read())"
+    )
+    read(app, "a")
+    about = json.loads(shown(tmp_path, "a"))
+    assert about["transport"] == "ipc"
+    assert not os.path.exists(os.path.dirname(about["ip"]))  # nothing is left of it
+
+
 def test_the_introduction_is_read_when_all_chapters_have_run(tmp_path):
     app = chapters(tmp_path, a="1", b="open('made', 'w').close()")
     armada_chapters.start(app, app.env, ["a", "b", "intro.md"])

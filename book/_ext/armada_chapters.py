@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -18,7 +19,7 @@ import nbformat
 from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from jupyter_cache.executors.utils import single_nb_execution
-from nbclient import NotebookClient
+from jupyter_client import AsyncKernelManager
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
 
@@ -36,6 +37,15 @@ def at_a_time() -> int:
     return int(said)
 
 
+class OverFiles(AsyncKernelManager):
+    """A kernel that is spoken to over files: a port that was free when it was chosen may be taken when it is bound."""
+
+    def __init__(self, **options: Any):
+        self.folder = tempfile.TemporaryDirectory(prefix="armada-")
+        file = os.path.join(self.folder.name, "kernel.json")
+        super().__init__(transport="ipc", connection_file=file, **options)
+
+
 def begin(threads: int, ended: Event) -> None:
     """In a process that runs chapters: how many threads they get, and whether the build has ended."""
     global build_ended
@@ -48,7 +58,10 @@ def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, float, str
     notebook = nbformat.read(path, as_version=4)
     if build_ended.is_set():  # the interpreter waits for all that was handed to the pool
         return notebook, 0.0, "not run, since the build has ended"
-    done = single_nb_execution(notebook, str(path.parent), timeout, allow_errors=False)
+    done = single_nb_execution(
+        notebook, str(path.parent), timeout, allow_errors=False, kernel_manager_class=OverFiles,
+        shutdown_kernel="immediate",  # one whose outputs are all here need not take its libraries down
+    )  # fmt: skip
     return done.nb, done.time, done.exc_string
 
 
@@ -64,7 +77,7 @@ class Running:
         self.cache.clear_cache()
         n = min(at_a_time(), len(paths))
         logging.getLogger(__name__).info("running %d chapters, %d at a time", len(paths), n)
-        # Forked processes would share the event loop of this one and wake each other instead of themselves.
+        # forked processes would share the event loop of this one, if it has one
         fresh = multiprocessing.get_context("spawn")
         self.ended = fresh.Event()
         # more threads than cores would wait for each other
@@ -126,8 +139,6 @@ def side_by_side(app: Any, env: Any) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
-    # A kernel whose outputs are all here need not take its libraries down one by one: a second a page.
-    NotebookClient.shutdown_kernel.default_value = "immediate"
     app.connect("env-before-read-docs", start)
     app.connect("source-read", await_chapter)
     app.connect("env-updated", side_by_side)
