@@ -143,9 +143,8 @@ def _study(given: argparse.Namespace) -> None:
         profiles.check(given.stage, [s.name for s in study.stages], "stage")
         found = [j for j in found if j.cell.stage == given.stage]
     kept = {} if given.all else experiment.committed(study)
-    lacking = [j for j in found if not experiment.stored(j.spec, store)]
     known = lambda j: "committed" if experiment.anywhere(j.spec) in kept else "missing"
-    states = {j.number: known(j) for j in lacking}
+    states = {j.number: known(j) for j in experiment.lacking(found, store)}
     if given.list:
         for j in found:
             state = states.get(j.number, "stored")

@@ -167,13 +167,17 @@ def cells(study: Study) -> list[Cell]:
 def _arms(stage: Stage, task: str, seed: int) -> Iterator[Cell]:
     for a in stage.arms:
         for method, reading, manifold in itertools.product(a.methods, a.readings, a.manifolds):
-            entry = METHODS[method]
-            yield Cell(
-                task, method, a.teacher if entry.vectors else None,
-                manifold if entry.vectors else None,
-                reading if entry.distils else None,
-                seed, stage.name,
-            )  # fmt: skip
+            own = used(method, a.teacher, manifold, reading)
+            yield Cell(task, method, *own, seed, stage.name)
+
+
+def used(
+    method: str, teacher: str, manifold: str, reading: str
+) -> tuple[str | None, str | None, str | None]:
+    """Teacher, manifold loss and reading, each None where the method does not use it."""
+    entry = METHODS[method]
+    own = (teacher, manifold) if entry.vectors else (None, None)
+    return (*own, reading if entry.distils else None)
 
 
 # -- running ------------------------------------------------------------------------------------
@@ -236,6 +240,11 @@ def stored(s: RunSpec, store: RunStore) -> str | None:
     return None
 
 
+def lacking(found: Sequence[Job], store: RunStore) -> list[Job]:
+    """Those of the jobs that are not in `store`."""
+    return [j for j in found if stored(j.spec, store) is None]
+
+
 def other_key(s: RunSpec, store: RunStore) -> Path:
     """Where the machine that computes a cell leaves its key of it, for machines of another kind."""
     return store.root / "cells" / anywhere(s)
@@ -267,8 +276,8 @@ def export(study: Study, store: RunStore, folder: Path | None = None) -> tuple[P
             f"{path.name} holds cells of profile {other.pop()!r}: give a study of profile "
             f"{study.profile!r} a name of its own"
         )
-    own = {j.spec.key: j.spec for j in jobs(study)}
-    keys = ((anywhere(s), stored(s, store)) for _, s in sorted(own.items()))
+    own = {anywhere(s): s for s in sorted((j.spec for j in jobs(study)), key=lambda s: s.key)}
+    keys = ((n, stored(s, store)) for n, s in own.items())
     found = {n: r for n, key in keys if key and (r := store.load(key)) is not None}
     every: dict[str, Any] = kept | found
     labels = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
@@ -276,4 +285,4 @@ def export(study: Study, store: RunStore, folder: Path | None = None) -> tuple[P
         labels[r.spec.data_id] = [round(float(y), 3) for y in r.labels]
     results.export(every.values(), path)
     write_text(beside, json.dumps(labels, sort_keys=True) + "\n")
-    return path, len(every.keys() & set(map(anywhere, own.values())))
+    return path, len(every.keys() & own.keys())

@@ -18,7 +18,7 @@ import pandas as pd
 from filelock import Timeout
 
 from armada_lib import runs
-from armada_lib.experiment import Job, Study, anywhere, committed, other_key, stored
+from armada_lib.experiment import Job, Study, anywhere, committed, lacking, other_key, stored
 from armada_lib.extraction import pool
 from armada_lib.files import write_text
 from armada_lib.results import RunSpec, RunStore
@@ -37,7 +37,7 @@ def work(found: Sequence[Job], store: RunStore, workers: int, say: Say) -> dict[
     store.check()
     clock = Clock(store)
     count = {"computed": 0, "diverged": 0, "elsewhere": 0}
-    missing = [j for j in found if stored(j.spec, store) is None]
+    missing = lacking(found, store)
     for j in found:
         clock.note(j.spec)
     say(f"{len(found):,} cells, {len(found) - len(missing):,} stored{clock.left(missing, workers)}")
@@ -48,7 +48,7 @@ def work(found: Sequence[Job], store: RunStore, workers: int, say: Say) -> dict[
             if outcome == "computed":
                 count["computed"] += 1
                 clock.note(job.spec)
-                rest = [j for j in missing if stored(j.spec, store) is None]
+                rest = lacking(missing, store)
                 done = len(found) - len(rest) - len(diverged)
                 took = clock.seconds[job.spec.key]
                 left = clock.left(rest, workers)
@@ -56,8 +56,7 @@ def work(found: Sequence[Job], store: RunStore, workers: int, say: Say) -> dict[
             elif outcome != "elsewhere":
                 diverged.add(job.spec.key)
                 say(f"{job.name} has no result: {outcome}")
-        missing = [j for j in missing if stored(j.spec, store) is None]
-        missing = [j for j in missing if j.spec.key not in diverged]
+        missing = [j for j in lacking(missing, store) if j.spec.key not in diverged]
         if count["computed"] == before:
             break  # all that is left is being computed elsewhere
     count |= {"diverged": len(diverged), "elsewhere": len(missing)}

@@ -50,9 +50,8 @@ def test_a_slurm_array_runs_every_cell(study, tmp_path):
     store = tmp_path / "s"
     (store / "runs").mkdir(parents=True)
     first = experiment.jobs(experiment.load(study))[0].spec.key
-    (store / "runs" / first).write_text(
-        "in the way"
-    )  # this cell fails: the others are run all the same
+    # this cell cannot be stored: the others are run all the same
+    (store / "runs" / first).write_text("in the way")
     for task in ("0", "1"):
         env = environment(SLURM_ARRAY_TASK_ID=task, STUDY=str(study), STORE=str(store),
                           CELLS_PER_TASK="3")  # fmt: skip

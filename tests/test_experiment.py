@@ -310,10 +310,9 @@ def test_kinds_of_machines_on_one_store_share_cells_and_export_them_all(
     jobs = experiment.jobs(study)[:4]
     one, two = jobs[1].spec, jobs[2].spec
     assert one.key != first == experiment.stored(one, store) and one not in store
-    monkeypatch.setattr(runs, "run", lambda *a, **k: pytest.fail("it is stored already"))
-    run(own, store.root, "--cell", "1")
-    monkeypatch.undo()
-    monkeypatch.setattr(teachers, "fingerprint", lambda *a: f"other_{fingerprint(*a)}")
+    with monkeypatch.context() as stored_already:
+        stored_already.setattr(runs, "run", lambda *a, **k: pytest.fail("it is stored already"))
+        run(own, store.root, "--cell", "1")
     with store.lock(f"cell-{experiment.anywhere(two)}"):  # a worker's of the first kind
         count = working.work(jobs, store, 1, lambda said: None)
     assert count == {"computed": 2, "diverged": 0, "elsewhere": 1}

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 from armada_lib import experiment, profiles, report
-from armada_lib.methods import METHODS
 
 BARE = "undistilled"
 PRIMARY, BY_LOSS = "real − shuffled", "by loss"
@@ -40,11 +39,7 @@ class Entry(NamedTuple):
 
     def arm(self, manifold: str) -> Arm:
         """Its arm with one of the losses."""
-        if self.method == BARE:
-            return Arm(BARE)
-        if METHODS[self.method].vectors is None:
-            return Arm(self.method, reading=self.reading)
-        return Arm(self.method, self.teacher, manifold, self.reading)
+        return Arm(self.method, *experiment.used(self.method, self.teacher, manifold, self.reading))
 
 
 @dataclass(frozen=True)
@@ -72,11 +67,6 @@ class Design:
         """Every method in every line, once; lines with the same losses on other tasks are the same."""
         return _entries(self.study.stages)
 
-    def losses(self, method: str, teacher: str, reading: str) -> list[str]:
-        """Losses with which a method learns from a teacher anywhere in the study."""
-        mine = [e for e in self.entries if e[:3] == (method, teacher, reading)]
-        return [m for m in profiles.MANIFOLDS if any(m in e.losses for e in mine)]
-
     @cached_property
     def main(self) -> Entry:
         """The real teacher of the primary contrasts: the first stage's first with a shuffled one."""
@@ -86,7 +76,8 @@ class Design:
 
     def _beside(self, e: Entry, method: str) -> list[str]:
         """Losses that the entry shares with another method of its teacher and reading."""
-        return [m for m in e.losses if m in self.losses(method, e.teacher, e.reading)]
+        others = [x.losses for x in self.entries if x[:3] == (method, *e[1:3])]
+        return [m for m in e.losses if any(m in losses for losses in others)]
 
     @cached_property
     def pairs(self) -> list[Pair]:
