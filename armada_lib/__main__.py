@@ -101,7 +101,7 @@ def _extract(given: argparse.Namespace) -> None:
     )
     share = missing[state.process_index :: state.num_processes]
     alone = state.num_processes == 1 and state.device.type == "cpu"
-    workers = given.workers or (os.cpu_count() or 1 if alone else 1)
+    workers = given.workers or (torch.get_num_threads() if alone else 1)
     done = extraction.fill(name, who.name, share, store, workers, progress=True)
     state.wait_for_everyone()
     say(

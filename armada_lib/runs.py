@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -223,8 +222,8 @@ def prepare(
 ) -> None:
     """Make what these runs read and the store lacks: vectors, mentors, starts.
 
-    `workers`: processes, by default one a CPU core, or one in all where a GPU is present, and never
-    more than there are runs.
+    `workers`: processes, by default one for every thread that this process may use (`OMP_NUM_THREADS`,
+    else one a CPU core), or one in all where a GPU is present, and never more than there are runs.
     """
     workers = _processes(wanted, workers)
     extract(wanted, store, workers, progress)
@@ -248,7 +247,7 @@ def each(
 
 
 def _processes(wanted: Sequence[RunSpec], workers: int | None) -> int:
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    workers = workers or (1 if torch.cuda.is_available() else torch.get_num_threads())
     return max(1, min(workers, len(wanted)))
 
 
@@ -264,7 +263,8 @@ def study(
     """Every Result, computing what is missing with `workers` processes of one thread each.
 
     Nothing is computed twice: a killed study goes on where it stopped, and several studies may
-    share a store. Default: one worker a CPU core, or one in all where a GPU is present.
+    share a store. Default: one worker for every thread that this process may use (`OMP_NUM_THREADS`,
+    else one a CPU core), or one in all where a GPU is present.
     """
     store = store or RunStore()
     store.check()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from armada_lib import extraction, report, run_data, runs, specs, teachers
 from armada_lib.results import RunStore
@@ -112,6 +113,15 @@ def test_two_workers_give_what_one_gives(project, tmp_path, monkeypatch):
     runs.study(chosen, one, workers=1, progress=False)
     runs.study(chosen, two, workers=2, progress=False)
     assert everything(one, chosen) == everything(two, chosen)
+
+
+@pytest.mark.parametrize(("threads", "gpu", "n"), [(1, False, 1), (3, False, 3), (3, True, 1)])
+def test_a_study_takes_a_process_for_every_thread_that_it_may_use(monkeypatch, threads, gpu, n):
+    wanted = specs.grid("mini", ["cola"], ["undistilled"], seeds=range(4))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert runs._processes(wanted, None) == n and runs._processes(wanted, 2) == 2
+    assert runs._processes(wanted[:2], None) == min(n, 2)
 
 
 def test_teacher_vectors_are_computed_once_for_all_runs(project, store, monkeypatch):
